@@ -90,7 +90,7 @@ def resnet20(
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
     return net
 
-# %% ../nbs/02_models.ipynb #22751617
+# %% ../nbs/02_models.ipynb #30ebbab2
 _RELU_CALLS = {torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_, torch.Tensor.relu, torch.Tensor.relu_, 'relu', 'relu_'}
 
 def separate_relus(
@@ -107,6 +107,7 @@ def separate_relus(
         traced.add_module(name, nn.ReLU())
         with traced.graph.inserting_after(node): new = traced.graph.call_module(name, (node.args[0],))
         node.replace_all_uses_with(new)
+        if _is_inplace(node, mods): _reread(node, new)
         traced.graph.erase_node(node)
     traced.delete_all_unused_submodules()
     traced.recompile()
@@ -115,6 +116,19 @@ def separate_relus(
 def _is_relu(node, mods)->bool:
     if node.op == 'call_module': return type(mods[node.target]) is nn.ReLU
     return node.op in ('call_function', 'call_method') and node.target in _RELU_CALLS
+
+def _is_inplace(node, mods)->bool:
+    if node.op == 'call_module': return mods[node.target].inplace
+    named = node.target if isinstance(node.target, str) else node.target.__name__
+    return named == 'relu_' or bool(node.kwargs.get('inplace')) or True in node.args[1:]
+
+def _reread(node, new):
+    "What an in-place ReLU changed must be read changed: later users of its input get its output."
+    later, seen = set(), False
+    for o in node.graph.nodes:
+        seen = seen or o is new
+        if seen and o is not new: later.add(o)
+    node.args[0].replace_all_uses_with(new, delete_user_cb=lambda user: user in later)
 
 # %% ../nbs/02_models.ipynb #31104df0
 def resnet18(
