@@ -221,10 +221,10 @@ def _save_cache(a:Arrays, root):
         np.save(buf, getattr(a, part), allow_pickle=False)
         write_atomic(Path(root)/a.name/f'{part}.npy', buf.getvalue())
 
-# %% ../nbs/01_data.ipynb #4055c96b
+# %% ../nbs/01_data.ipynb #8dc6b209
 SOURCES = ('cache', 'torchvision', 'registry')
 _FETCH = dict(torchvision=_from_torchvision, registry=_from_registry)
-_TROUBLE = (OSError, RuntimeError, EOFError, ValueError, KeyError, tarfile.TarError, zlib.error, http.client.HTTPException)
+_TROUBLE = (OSError, RuntimeError, EOFError, ValueError, OverflowError, KeyError, SyntaxError, tarfile.TarError, zlib.error, http.client.HTTPException)
 
 def _say(text): print(f'qisal: {text}', file=sys.stderr, flush=True)
 
@@ -337,7 +337,7 @@ def write_sample(
     write_atomic(folder/'labels.json', json.dumps(meta).replace(', "', ',\n "') + '\n')
     return folder
 
-# %% ../nbs/01_data.ipynb #1fab7ecd
+# %% ../nbs/01_data.ipynb #67c1e351
 SAMPLE_SHA256 = dict(
     mnist=(
         '573bd264bb27a2355429e8dae6d9ef6caef28b7eb6033dc700a4da3cf847e159', 'c25173f43a828c93398d299758b73562641f0652efc8b11bc02b76bd82e2ef1f',
@@ -357,13 +357,13 @@ def sample_arrays(
         x, xt = [from_sheet(np.asarray(Image.open(folder/f'{o}.png'))) for o in ('train', 'test')]
         labels = read_json(folder/'labels.json')
         y, yt = [np.array(labels[o], np.uint8) for o in ('train', 'test')]
-    except (OSError, ValueError, KeyError, SyntaxError) as e: raise DataError(f"The embedded sample of {name} is missing or damaged ({e}); reinstall qisal or restore data/samples.") from e
+    except (OSError, ValueError, OverflowError, TypeError, KeyError, SyntaxError) as e: raise DataError(f"The embedded sample of {name} is missing or damaged ({e}); reinstall qisal or restore data/samples.") from e
     a = Arrays(x, y, xt, yt, list(info.classes), name, 'sample')
     bad = [o for o, sha in zip(PARTS, SAMPLE_SHA256[name]) if a.checksums[o] != sha]
     if bad: raise DataError(f"The embedded sample of {name} was altered ({', '.join(bad)}: wrong SHA-256); reinstall qisal or restore data/samples.")
     return a
 
-# %% ../nbs/01_data.ipynb #77c1a716
+# %% ../nbs/01_data.ipynb #1f3e6a85
 def plot_images(
     x, # uint8 images N x H x W x C (array or tensor)
     titles=None, # One text an image
@@ -372,25 +372,27 @@ def plot_images(
 ): # The `matplotlib.figure.Figure`
     "Draw images in a grid, pixels unsmoothed, grey from black (0) to white (255)."
     from matplotlib import pyplot as plt
-    x, ncols = np.asarray(x), min(ncols, len(x))
+    x, ncols = np.asarray(x), max(1, min(ncols, len(x)))
     nrows = -(-len(x)//ncols)
-    fig, axs = plt.subplots(nrows, ncols, figsize=(1.15*ncols, 1.35*nrows + .4*bool(title)), squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(nrows, ncols, figsize=(.95*ncols, 1.2*nrows + .4*bool(title)), squeeze=False, layout='constrained')
     _draw(axs.flat, x, titles)
     if title: fig.suptitle(title)
     plt.close(fig)
     return fig
 
 def _draw(axs, x, titles=None):
+    axs = list(axs)
     for ax in axs: ax.axis('off')
     for i, (ax, img) in enumerate(zip(axs, x)):
         ax.imshow(img.squeeze(-1) if img.shape[-1] == 1 else img, cmap='gray', vmin=0, vmax=255)
         if titles is not None: ax.set_title(titles[i], fontsize=10)
 
-# %% ../nbs/01_data.ipynb #5b5cc599
+# %% ../nbs/01_data.ipynb #9de15e57
 _SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.pgm', '.ppm')
 
 def _list_folder(path)->dict:
     "Class name -> sorted image files; `BadInput` if that makes no dataset."
+    if not str(path).strip(): raise BadInput('folder: lacks its path; write folder:PATH, PATH being the folder that holds one subfolder a class.')
     path = Path(path).expanduser()
     if not path.exists(): raise BadInput(f"The image folder '{path}' does not exist; give the folder that holds one subfolder a class.")
     if not path.is_dir(): raise BadInput(f"'{path}' is a file; give the folder that holds one subfolder a class.")
@@ -398,6 +400,8 @@ def _list_folder(path)->dict:
     files = {d.name: sorted(o for o in d.iterdir() if o.suffix.lower() in _SUFFIXES and not o.name.startswith('.')) for d in dirs}
     if not files: raise BadInput(f"The image folder '{path}' has no class in it; put the images of each class into a subfolder of its own.")
     if len(files) == 1: raise BadInput(f"The image folder '{path}' has one class only ('{dirs[0].name}'); a classifier needs two or more subfolders with images.")
+    others = sum(o.is_file() and not o.name.startswith('.') for d in dirs for o in d.iterdir()) - sum(map(len, files.values()))
+    if others: _say(f"{others} file{'s'*(others != 1)} below '{path}' left out: the name does not end in {' '.join(_SUFFIXES)}.")
     for k, v in files.items():
         if len(v) < 3: raise BadInput(f"Class '{k}' in the image folder '{path}' has {len(v) or 'no'} image{'s'*(len(v) != 1)}; each class needs three or more (training, validation, test; {' '.join(_SUFFIXES)}).")
     return files
@@ -412,7 +416,7 @@ def _open_image(path, size):
     except BadInput: raise
     except Exception as e: raise BadInput(f"The image '{path}' can't be read ({e}); repair or remove it.") from e
 
-# %% ../nbs/01_data.ipynb #cafd3425
+# %% ../nbs/01_data.ipynb #85133cfb
 def folder_arrays(
     path, # Folder with one subfolder a class, three images or more in each
     size:int=32, # Height and width in pixels after scaling and centre-cropping; 32 suits all networks of the study
@@ -429,10 +433,10 @@ def folder_arrays(
     y = y.astype(np.uint8 if len(files) <= 256 else np.int64)
     mode = 'L' if all(o.mode == 'L' for o in imgs) else 'RGB'
     x = np.stack([np.asarray(o.convert(mode)).reshape(size, size, -1) for o in imgs])
-    train, test = stratified_split(y, test_pct, seed)
+    train, test = stratified_split(y, test_pct, seed, keep=2)  # two, so that a validation image can still be taken away
     return Arrays(x[train], y[train], x[test], y[test], list(files), f'folder:{path}', 'folder')
 
-# %% ../nbs/01_data.ipynb #2097dfae
+# %% ../nbs/01_data.ipynb #116b4c57
 SPLIT_SEED = 0
 
 def _shuffled_rank(y, seed):
@@ -443,14 +447,15 @@ def _shuffled_rank(y, seed):
     return rank, p
 
 def stratified_split(
-    y:np.ndarray, # Labels, N; each class needs two images or more
+    y:np.ndarray, # Labels, N; each class needs `keep` + 1 images or more
     pct:float, # Share of each class for the second part, between 0 and 1
     seed:int=SPLIT_SEED, # The same seed gives the same split
+    keep:int=1, # Images of each class that stay in the first part at least
 )->tuple: # Positions of the first and of the second part, ascending
-    "Split positions so that each class gives the same share, rounded, and keeps one image at least on either side."
+    "Split positions so that each class gives the same share, rounded, but at least one image, and keeps at least `keep`."
     classes, inv, count = np.unique(y, return_inverse=True, return_counts=True)
-    if count.min() < 2: raise BadInput(f'class {classes[count.argmin()]} has one image only; two or more are needed to split it.')
-    k = np.clip(np.rint(pct*count), 1, count - 1)
+    if count.min() <= keep: raise BadInput(f'Class number {classes[count.argmin()]} has {count.min()} image(s); {keep + 1} or more are needed to split it.')
+    k = np.clip(np.rint(pct*count), 1, count - keep)
     second = _shuffled_rank(y, seed)[0] < k[inv]
     return np.flatnonzero(~second), np.flatnonzero(second)
 
@@ -606,7 +611,7 @@ def _show_results(self, b, out, max_n=9, ctxs=None, show=True, ncols=None):
 
 ResidentDL.show_batch, ResidentDL.show_results = _show_batch, _show_results
 
-# %% ../nbs/01_data.ipynb #22937eda
+# %% ../nbs/01_data.ipynb #e803909c
 class ResidentDLs(DataLoaders):
     "fastai `DataLoaders` with three loaders: `train`, `valid`, `test`. What `vocab`, `stats`, `n_in`, `size` and `input_range` say comes from the data."
     checksums, source = {}, ''
@@ -624,7 +629,7 @@ def _wishes(spec, given):
 
 def _arrays_of(spec, root, size)->Arrays:
     "The arrays a spec names."
-    if spec.dataset.startswith('folder:'): return folder_arrays(spec.dataset[len('folder:'):], size=size or 32)
+    if spec.dataset.startswith('folder:'): return folder_arrays(spec.dataset[len('folder:'):], size=32 if size is None else size)
     if size is not None: raise BadInput(f"size is for folder:PATH only; {spec.dataset} has images of {INFO[spec.dataset].size} pixels.")
     return sample_arrays(spec.dataset) if spec.sample else get_arrays(spec.dataset, root)
 
