@@ -90,11 +90,11 @@ def resnet20(
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
     return net
 
-# %% ../nbs/02_models.ipynb #30ebbab2
+# %% ../nbs/02_models.ipynb #38374e93
 _RELU_CALLS = {torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_, torch.Tensor.relu, torch.Tensor.relu_, 'relu', 'relu_'}
 
 def separate_relus(
-    model:nn.Module, # A network that torch.fx can trace; its parameters are shared with the result, not copied
+    model:nn.Module, # A float network that torch.fx can trace; its layers are shared with the result, not copied
 )->nn.Module: # The same function with one non-inplace `nn.ReLU` module a use
     "Give each use of a ReLU (shared, functional, in place) a module of its own; parameter names and values stay. Raises `BadInput` where torch.fx can't trace."
     try: traced = torch.fx.symbolic_trace(model)

@@ -1,0 +1,199 @@
+"""Quantizers and conversion against independent oracles, at their edges, and on torchvision's networks."""
+import copy
+
+import numpy as np, pytest, torch
+import torchvision.models as tv
+from torch import nn
+
+from qisal.core import WEIGHT_QUANTIZERS, BadInput
+from qisal.models import get_model, separate_relus, small_cnn
+from qisal.quant import (PACT, ConversionError, InputQuant, apply_quant_config, bake, bit_policy, convert, pact, pacts, quant_config,
+                         quant_layers, quantize_weight, strip, weight_codes)
+
+devices = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))]
+
+
+def oracle(x, alpha, bits):
+    "PACT from its definition, in float32 as the quantizer works: value, d/dx, d/dalpha."
+    s = np.float32(alpha)/np.float32(2**bits - 1)
+    return np.clip(np.round(x/s), 0, 2**bits - 1)*s, (x >= 0) & (x < alpha), x >= alpha
+
+
+@pytest.mark.parametrize('device', devices)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('bits', [2, 3, 4, 5, 8])
+def test_pact_matches_the_definition(bits, dtype, device):
+    torch.manual_seed(bits)
+    for alpha in (.3, 1., 6., 10.):
+        base = torch.randn(6, 4, 5, 5, device=device)*alpha
+        base.view(-1)[:6] = torch.tensor([0., -0., alpha, -1e-30, 1e4, -1e4], device=device)
+        for x in (base, base.transpose(1, 3), base.to(memory_format=torch.channels_last), base[:, ::2, 1:], base[:1, :1, :1, :1]):
+            x = x.to(dtype).detach().requires_grad_()
+            a = torch.tensor(alpha, device=device, requires_grad=True)
+            g = torch.randn(x.shape, device=device).to(dtype)
+            y = pact(x, a, bits)
+            y.backward(g)
+            want, dx, da = oracle(x.detach().float().cpu().numpy(), np.float32(alpha), bits)
+            assert y.dtype == dtype and y.shape == x.shape
+            assert torch.equal(y.detach().cpu(), torch.tensor(want).to(dtype))
+            assert torch.equal(x.grad.cpu(), (g.cpu()*torch.tensor(dx)))
+            np.testing.assert_allclose(a.grad.item(), (g.float().cpu().numpy()*da).sum(dtype=np.float64), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('bits', [2, 4, 8])
+def test_pact_gradient_is_the_slope_of_the_clip(bits):
+    "Away from the kinks the straight-through gradients are the finite differences of clip(x, 0, alpha)."
+    torch.manual_seed(0)
+    x, alpha, h = torch.randn(500, dtype=torch.float64)*3, 2., 1e-4
+    x = x[(x.abs() > .01) & ((x - alpha).abs() > .01)]
+    clip = lambda x, a: x.clamp(0, a)  # noqa: E731
+    xg, ag = x.float().requires_grad_(), torch.tensor(alpha, requires_grad=True)
+    gx, ga = torch.autograd.grad(pact(xg, ag, bits).sum(), (xg, ag))
+    np.testing.assert_allclose(gx, (clip(x + h, alpha) - clip(x - h, alpha))/(2*h), atol=1e-6)
+    np.testing.assert_allclose(ga, ((clip(x, alpha + h) - clip(x, alpha - h))/(2*h)).sum(), rtol=1e-5)
+
+
+def test_pact_with_alpha_at_the_maximum_of_the_data():
+    x = torch.tensor([0., 1., 2., 3.], requires_grad=True)
+    alpha = torch.tensor(3., requires_grad=True)
+    y = pact(x, alpha, 2)
+    y.sum().backward()
+    assert y.tolist() == [0, 1, 2, 3] and x.grad.tolist() == [1, 1, 1, 0] and alpha.grad.item() == 1
+
+
+def test_pact_keeps_no_copy_of_its_input():
+    "What waits for backward is a byte an element."
+    x = torch.randn(1000, requires_grad=True)
+    y = pact(x, torch.tensor(1., requires_grad=True), 4)
+    assert [t.dtype for t in y.grad_fn.saved_tensors] == [torch.int8]
+
+
+@pytest.mark.parametrize('method', WEIGHT_QUANTIZERS)
+@pytest.mark.parametrize('bits', [2, 3, 4, 5, 8])
+@pytest.mark.parametrize('per_channel', [False, True])
+def test_codes_times_scale_are_the_weights(bits, method, per_channel):
+    torch.manual_seed(0)
+    for w in (torch.randn(8, 3, 3, 3)*.1, torch.randn(5, 40), torch.rand(4, 4) - .2, torch.zeros(3, 3), torch.full((2, 2), .5), torch.randn(1, 1)):
+        codes, scale = weight_codes(w, bits, method, per_channel)
+        q = quantize_weight(w, bits, method, per_channel)
+        assert torch.isfinite(q).all() and torch.equal(codes*scale, q) and codes.dtype == torch.int8
+        assert len(codes.unique()) <= 2**bits
+        odd = method == 'sawb_zero' or bits == 8
+        assert codes.abs().max() <= (2**(bits - 1) - 1 if odd else 2**bits - 1)
+        if not odd: assert (codes % 2 != 0).all()
+
+
+def test_nearest_level():
+    "Each weight goes to the level nearest to it."
+    torch.manual_seed(0)
+    w = torch.randn(200)
+    for method in ('sawb', 'sawb_zero'):
+        for bits in (2, 3, 4):
+            q = quantize_weight(w, bits, method)
+            levels = q.unique()
+            best = (w[:, None] - levels).abs().min(1).values
+            assert torch.allclose((w - q).abs(), best, atol=1e-6)
+
+
+def test_quantized_and_float_gradients_reach_the_same_parameters():
+    torch.manual_seed(0)
+    net = convert(small_cnn(), bit_policy('4'), torch.randn(4, 1, 28, 28))
+    net(torch.randn(8, 1, 28, 28)).square().sum().backward()
+    for n, p in net.named_parameters(): assert p.grad is not None and torch.isfinite(p.grad).all(), n
+
+
+@pytest.mark.parametrize('bits', ['8', '4', '3', '2', '4/2', 'w2a4', 'w4a2'])
+@pytest.mark.parametrize('arch', ['small_cnn', 'lenet5', 'resnet20', 'resnet18'])
+def test_every_layer_is_on_its_grid(arch, bits):
+    "The number of distinct weights and inputs of every layer is what its bits allow: no silent float layer."
+    torch.manual_seed(0)
+    x = torch.randn(4, 1, 28, 28)
+    net = convert(get_model(arch), bit_policy(bits), x).eval()
+    seen, hooks = {}, []
+    for name, m in quant_layers(net).items():
+        hooks.append(m.register_forward_pre_hook(lambda m, args, name=name: seen.__setitem__(name, m._input(args[0]).unique().numel())))
+    with torch.no_grad(): net(x)
+    layers = quant_layers(net)
+    want = bit_policy(bits).layers(len(layers))
+    assert len(seen) == len(layers)
+    for (name, m), (w, a) in zip(layers.items(), want):
+        assert m.quant_weight().unique().numel() <= 2**m.w_bits and seen[name] <= 2**m.a_bits, name
+        if arch in ('small_cnn', 'lenet5'): assert (m.w_bits, m.a_bits) == (w, a)
+    assert not [n for n, m in net.named_modules() if type(m) in (nn.Conv2d, nn.Linear, nn.ReLU)]
+
+
+@pytest.mark.parametrize('name', ['vgg11_bn', 'alexnet', 'squeezenet1_1', 'densenet121', 'resnet34', 'resnext50_32x4d'])
+def test_torchvision_networks(name):
+    torch.manual_seed(0)
+    raw = getattr(tv, name)(weights=None, num_classes=4)
+    with pytest.raises(ConversionError, match='separate_relus'): convert(raw, bit_policy('4'), torch.randn(2, 3, 64, 64))
+    keys = set(raw.state_dict())
+    net = separate_relus(copy.deepcopy(raw))  # the result shares its layers with its argument
+    assert set(net.state_dict()) == keys
+    x = torch.randn(2, 3, 64, 64)
+    net.eval()
+    raw.eval()
+    with torch.no_grad(): assert torch.allclose(net(x), raw(x.clone()), atol=1e-5)
+    convert(net, bit_policy('4'), x)
+    with torch.no_grad(): assert torch.isfinite(net(x)).all()
+    assert not [n for n, m in net.named_modules() if type(m) in (nn.Conv2d, nn.Linear, nn.ReLU)]
+    again = apply_quant_config(separate_relus(copy.deepcopy(raw)), quant_config(net))
+    again.load_state_dict(net.state_dict())
+    with torch.no_grad(): assert torch.equal(again.eval()(x), net(x))
+
+
+@pytest.mark.parametrize('name,names', [('mobilenet_v3_small', 'hardswish'), ('mobilenet_v2', 'hardtanh|relu6'), ('vit_b_16', 'multi_head|linear|gelu'),
+                                        ('convnext_tiny', 'gelu|LayerNorm|signed')])
+def test_torchvision_networks_that_cannot_be_quantized(name, names):
+    net = getattr(tv, name)(weights=None).eval()
+    size = 224 if name == 'vit_b_16' else 64
+    with pytest.raises(ConversionError, match=names): convert(net, bit_policy('4'), torch.randn(2, 3, size, size))
+    assert not quant_layers(net) and not pacts(net)
+
+
+def test_a_layer_reading_a_shared_relu_takes_its_bits():
+    "In ResNet-18 the first convolution of a block and its shortcut read one activation: their widths agree."
+    net = convert(get_model('resnet18', n_in=3, size=32), bit_policy('4/2'), torch.randn(2, 3, 32, 32))
+    q = quant_layers(net)
+    for block in ('layer2.0', 'layer3.0', 'layer4.0'): assert q[f'{block}.conv1'].a_bits == q[f'{block}.downsample.0'].a_bits
+    with pytest.raises(BadInput, match='override both'):
+        convert(get_model('resnet18', n_in=3, size=32), bit_policy('4'), torch.randn(2, 3, 32, 32), overrides={'layer2.0.downsample.0': 8})
+
+
+def test_failed_conversion_changes_nothing():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4*26*26, 10), nn.Sigmoid(), nn.Linear(10, 10))
+    before = repr(net)
+    net.train()
+    with pytest.raises(ConversionError, match='4 .Sigmoid.'): convert(net, bit_policy('4'), torch.randn(2, 1, 28, 28))
+    assert repr(net) == before and net.training and not net[0]._forward_hooks and not net[0]._forward_pre_hooks
+
+
+def test_strip_then_convert_again():
+    torch.manual_seed(0)
+    x = torch.randn(4, 1, 28, 28)
+    net = convert(small_cnn(), bit_policy('4'), x).eval()
+    with torch.no_grad():
+        want = net(x)
+        assert torch.equal(convert(strip(net), bit_policy('4'), x)(x), want)
+        assert torch.equal(bake(net)(x), want)
+
+
+def test_input_quant_is_the_affine_grid_of_integers():
+    iq = InputQuant(-.5, 2., 4)
+    x = torch.linspace(-1, 3, 101)
+    q = iq.codes(x.clone())
+    want = np.clip(np.round(x.numpy()/np.float32(iq.scale)) + iq.zero_point, 0, 15)
+    np.testing.assert_array_equal(q, want)
+    np.testing.assert_allclose(iq(x), (want - iq.zero_point)*iq.scale, rtol=1e-6)
+    assert iq(torch.zeros(1)).item() == 0 and isinstance(iq.zero_point, int)
+
+
+def test_touched_is_remembered_and_alpha_recovers():
+    m = PACT(4, 1.).train()
+    m.alpha.data.fill_(-5.)
+    opt = torch.optim.SGD([m.alpha], .1)
+    for _ in range(50):
+        opt.zero_grad()
+        (m(torch.full((4,), 2.)) - 2).square().mean().backward()
+        opt.step()
+    assert m.touched and m.alpha.item() > 1
