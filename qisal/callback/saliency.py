@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['MODES', 'KL_TARGETS', 'SALIENCY_PASSES', 'masked_kl', 'no_running_stats', 'LossParts', 'guidable',
-           'SaliencyMaskingCallback']
+           'SaliencyMaskingCallback', 'untouched_rng', 'fixed_images', 'film_strip', 'figure_png',
+           'SaliencyProgressCallback']
 
-# %% ../../nbs/06_callback.saliency.ipynb #23531315
+# %% ../../nbs/06_callback.saliency.ipynb #8e18e88c
 from contextlib import contextmanager, nullcontext
 import io, random
+from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from fastai.callback.core import Callback
 from fastcore.foundation import L, patch
-from ..core import BadInput, check_in, check_range, write_atomic
+from fastcore.imports import in_notebook
+from ..core import ATTRIBUTIONS, BadInput, check_in, check_range, write_atomic
 from ..saliency import (SCORES, apply_mask, attribute, bottom_mask, check_classes, check_fill, check_images, eval_mode,
                             feature_saliency, n_masked, saliency_gradient)
 
@@ -185,3 +188,139 @@ def _second_backward(self:SaliencyMaskingCallback):
     with torch.autocast(self._x.device.type, dtype=dtype, enabled=on): self._kl = self._masked_kl(-self._x.grad)
     (self._kl*(self.lam*self._scale)).backward()
     self._add_kl()
+
+# %% ../../nbs/06_callback.saliency.ipynb #142ae57e
+@contextmanager
+def untouched_rng(
+    device=None, # A CUDA device whose generator is to be kept too; None or the CPU: none
+):
+    "Inside, anything may draw; on any exit Python's, numpy's and torch's generators are where they were."
+    python, nump = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device is not None and device.type == 'cuda' else []):
+        try: yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(nump)
+
+def fixed_images(
+    dl, # A `DataLoader` whose batches are (images, classes)
+    n:int, # How many
+)->tuple: # Images n x C x H x W, classes n
+    "The same `n` images every time: from the loader's first batch, one of each class before the second of any. No random state moves."
+    rng, state = getattr(dl, 'rng', None), dl.rng.getstate() if getattr(dl, 'rng', None) is not None else None
+    with untouched_rng(): b = dl.one_batch()
+    if rng is not None:
+        dl.rng = rng
+        rng.setstate(state)
+    xb, yb = check_images(b[0]), b[1]
+    if yb.shape != xb.shape[:1] or yb.is_floating_point(): raise BadInput("SaliencyProgressCallback needs one whole-number class an image.")
+    if len(xb) < n: raise BadInput(f"n is {n}, but the first validation batch has {len(xb)} images; lower n or use larger batches.")
+    yb = yb.as_subclass(Tensor).long()
+    nth = (yb[:, None] == yb[None]).tril(-1).sum(1)  # how many of the same class come before
+    keep = torch.argsort(nth, stable=True)[:n]
+    return xb[keep], yb[keep]
+
+# %% ../../nbs/06_callback.saliency.ipynb #e3ef62b9
+def _view(xb):
+    "Images for the eye: n x H x W x C (1 or 3), each stretched to its own [0, 1]."
+    lo, hi = xb.amin((1, 2, 3), keepdim=True), xb.amax((1, 2, 3), keepdim=True)
+    x = ((xb - lo)/(hi - lo).clamp_min(1e-12)).permute(0, 2, 3, 1).float().cpu().numpy()
+    return x if x.shape[-1] in (1, 3) else x.mean(-1, keepdims=True)
+
+def film_strip(
+    images, # n x H x W x C, floats in [0, 1]
+    maps, # Saliency maps, epochs x n x H x W
+    epochs, # Their epochs' numbers, counted from 1
+    labels, # What to call each image
+    title:str='Saliency after each epoch', # Headline
+    max_cols:int=10, # Most epochs to draw; the first and the last are always among them
+): # A `matplotlib.figure.Figure`
+    "Rows are images; the first column shows them, the others their saliency maps after each epoch."
+    from matplotlib.figure import Figure
+    maps = np.abs(np.asarray(maps, dtype=np.float32))
+    cols = np.unique(np.linspace(0, len(maps) - 1, min(max_cols, len(maps))).round().astype(int))
+    n, width = len(images), max(4.2, .95*(len(cols) + 1) + .7)
+    fig = Figure(figsize=(width, .95*n + .95), layout='constrained')
+    axs = fig.subplots(n, len(cols) + 1, squeeze=False)
+    for i, row in enumerate(axs):
+        row[0].imshow(images[i].squeeze(), cmap='gray', vmin=0, vmax=1)
+        row[0].set_ylabel(str(labels[i]), fontsize=11, rotation=0, ha='right', va='center')
+        for ax, c in zip(row[1:], cols): ax.imshow(maps[c, i], cmap='magma', vmin=0, vmax=max(np.quantile(maps[c, i], .99), 1e-12))
+    for ax, name in zip(axs[0], ['image', *[f'epoch {epochs[c]}' for c in cols]]): ax.set_title(name, fontsize=11)
+    for ax in axs.flat: ax.set(xticks=[], yticks=[])
+    fig.suptitle(f'{title}\n(bright: large magnitude)', fontsize=12)
+    return fig
+
+def figure_png(
+    fig, # A `matplotlib.figure.Figure`
+    dpi:int=100, # Dots an inch
+)->bytes: # A PNG file's bytes, without a date
+    "Render a figure; the same figure gives the same bytes."
+    out = io.BytesIO()
+    fig.savefig(out, format='png', dpi=dpi, metadata={'Software': None})
+    return out.getvalue()
+
+# %% ../../nbs/06_callback.saliency.ipynb #b2effebf
+class SaliencyProgressCallback(Callback):
+    "Saliency maps of a fixed handful of validation images after every epoch: live in a notebook, and as a film strip in `path`."
+    order,run_valid = 66,False
+    def __init__(self,
+        n:int=6, # Images; different classes first
+        method='gradient', # One of `ATTRIBUTIONS`, or a callable `(model, xb, yb) -> attributions`
+        every:int=1, # Epochs between two maps; the first and the last epoch of a fit are always shown
+        path=None, # PNG file to keep, rewritten whole after each map; None: none
+        **kwargs, # For `attribute`, such as `n_samples`
+    ):
+        self.n,self.every = check_range('n', n, 1, kind=int),check_range('every', every, 1, kind=int)
+        self.method = method if callable(method) else check_in('attribution', method, ATTRIBUTIONS)
+        self.path,self.kwargs = None if path is None else Path(path),kwargs
+        if self.path and self.path.is_dir(): raise BadInput(f"path {self.path} is a folder; give the film strip a file name, such as {self.path/'filmstrip.png'}.")
+        self._xb,self._maps,self.epochs,self._done,self._handle,self._live = None,[],[],0,None,False
+
+    @property
+    def maps(self)->np.ndarray:
+        "Channel means of the attributions, signed, float32: epochs x n x H x W."
+        return np.stack(self._maps) if self._maps else np.zeros((0, self.n, 0, 0), np.float32)
+
+    def before_fit(self):
+        self._live = not (hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds') or self.learn.lock.locked())
+        if not self._live: return
+        self._handle = None
+        if self._xb is None:
+            self._xb,self._yb = [o.cpu() for o in fixed_images(self.dls.valid, self.n)]
+            vocab = getattr(self.dls, 'vocab', None)
+            self.images,self.labels = _view(self._xb),[str(o if vocab is None else vocab[o]) for o in self._yb.tolist()]
+
+    def after_epoch(self):
+        if not self._live: return
+        self._done += 1
+        if self.learn.epoch % self.every and self.learn.epoch + 1 < self.n_epoch: return
+        device = next(self.model.parameters()).device
+        with untouched_rng(device):
+            a = attribute(self.model, self._xb.to(device), self._yb.to(device), self.method,
+                          **({} if callable(self.method) else {'generator': torch.Generator().manual_seed(0)}), **self.kwargs)
+        self._maps.append(feature_saliency(a).cpu().numpy())
+        self.epochs.append(self._done)
+        self._show()
+
+    def figure(self):
+        "The film strip so far, a `matplotlib.figure.Figure`; before the first epoch there is none, which raises `BadInput`."
+        if not self._maps: raise BadInput("There is no saliency map yet; fit for an epoch with this callback first.")
+        name = 'Saliency' if callable(self.method) else self.method.replace('_', ' ').capitalize()
+        return film_strip(self.images, self.maps, self.epochs, self.labels, f'{name} maps, after each epoch')
+
+    def _show(self):
+        if not (self.path or in_notebook()): return
+        png = figure_png(self.figure())
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path, png)
+        if in_notebook(): self._handle = _display(png, self._handle)
+
+# %% ../../nbs/06_callback.saliency.ipynb #92192ed0
+def _display(png, handle=None):
+    "Show a PNG in the notebook, or put it in the place of the one shown before."
+    from IPython.display import Image, display
+    if handle is None: return display(Image(data=png), display_id=True)
+    handle.update(Image(data=png))
+    return handle
