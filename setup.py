@@ -41,7 +41,6 @@ readme = ROOT/'README.md'
 setup(
     name=s['lib_name'], version=s['version'], description=s['description'], keywords=s['keywords'].split(),
     author=s['author'], author_email=s['author_email'], url=s['git_url'],
-    license='Apache-2.0', license_files=['LICENSE'],
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else s['description'],
     long_description_content_type='text/markdown',
     python_requires=f">={s['min_python']}",
