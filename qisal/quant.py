@@ -7,35 +7,38 @@ __all__ = ['ALPHA_MIN', 'pact', 'PACT', 'n_levels', 'to_codes', 'sawb_clip', 'do
            'weight_codes', 'InputQuant', 'BitPolicy', 'bit_policy', 'QConv2d', 'QLinear', 'quant_layers', 'pacts',
            'ConversionError', 'watch', 'convert', 'strip', 'bake', 'quant_config', 'apply_quant_config']
 
-# %% ../nbs/03_quant.ipynb #9dcffcc5
+# %% ../nbs/03_quant.ipynb #19f9e178
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-import torch
+import numpy as np, torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from fastcore.basics import patch
 from .core import BITS, WEIGHT_QUANTIZERS, BadInput, check_in, check_range
 
-# %% ../nbs/03_quant.ipynb #c7c1fb1a
+# %% ../nbs/03_quant.ipynb #f2ec3d07
+_BELOW_ZERO = -2.**-149  # the largest float32 below zero
+
 class _PACTFunction(torch.autograd.Function):
     "PACT equations 1 to 3."
     @staticmethod
     def forward(ctx, x, alpha, bits):
-        n = 2**bits - 1
-        x32, a = x.float(), alpha.float()
-        region = (x32 >= 0).to(torch.int8).add_(x32 >= a)  # 0: below zero, 1: inside, 2: clipped
-        ctx.save_for_backward(region)
-        ctx.alpha_dtype = alpha.dtype
-        s = a / n
-        return (x32 / s).round_().clamp_(0, n).mul_(s).to(x.dtype)
+        n, a = 2**bits - 1, float(np.float32(alpha.item()))
+        x32 = x.float()
+        ctx.save_for_backward(x32)
+        ctx.a, ctx.alpha_dtype = a, alpha.dtype
+        s = float(np.float32(a)/np.float32(n))
+        return x32.div(s).round_().clamp_(0, n).mul_(s).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        region, = ctx.saved_tensors
-        grad_x = grad * (region == 1) if ctx.needs_input_grad[0] else None
-        grad_alpha = None
-        if ctx.needs_input_grad[1]: grad_alpha = (grad * (region == 2)).sum(dtype=torch.float32).to(ctx.alpha_dtype)
+        x, = ctx.saved_tensors
+        g, grad_x, grad_alpha = grad.float(), None, None
+        if ctx.needs_input_grad[0]: grad_x = torch.ops.aten.hardtanh_backward(g, x, _BELOW_ZERO, ctx.a).to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            below = float(np.nextafter(np.float32(ctx.a), np.float32(0)))
+            grad_alpha = torch.ops.aten.threshold_backward(g, x, below).sum().to(ctx.alpha_dtype)
         return grad_x, grad_alpha, None
 
 def pact(
