@@ -13,8 +13,8 @@ from typing import Annotated, Optional
 import typer
 from .core import BadInput, RunSpec, check_in, read_json
 
-# %% ../nbs/13_cli.ipynb #025244b5
-app = typer.Typer(name='qisal', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+# %% ../nbs/13_cli.ipynb #92d1cec6
+app = typer.Typer( no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Train, measure and explain quantized image classifiers. Each command has its own --help with examples.")
 
 def polite(f):
@@ -250,8 +250,17 @@ def _write_overlay(img, saliency, title, out):
     try: write_atomic(out, buffer.getvalue())
     except OSError as e: raise BadInput(f"{out} cannot be written ({e.strerror}); choose another name or folder.") from e
 
-# %% ../nbs/13_cli.ipynb #2f96e9bb
-def main(): app()
+# %% ../nbs/13_cli.ipynb #e3aa50a4
+def main():
+    "The command `qisal`: runs it and exits with its status; wrong usage looks like any other bad input."
+    try: status = app(standalone_mode=False)
+    except Exception as e:
+        if not hasattr(e, 'format_message'): raise
+        if type(e).__name__ == 'NoArgsIsHelpError': message = e.format_message()
+        else: message = f"qisal: error: {' '.join(e.format_message().split())} See {getattr(e.ctx, 'command_path', 'qisal')} --help."
+        typer.echo(message, err=True)
+        status = 2
+    sys.exit(status or 0)
 
 # %% ../nbs/13_cli.ipynb #829c1736
 #| eval: false

@@ -76,7 +76,7 @@ def feature_saliency(
     s = check_images(grad).float().mean(1)
     return s if signed else s.abs()
 
-# %% ../nbs/05_saliency.ipynb #279a6992
+# %% ../nbs/05_saliency.ipynb #c36a2234
 def n_masked(
     frac:float, # Share of the positions, 0 to 1
     n:int, # Positions of an image, H x W
@@ -88,14 +88,15 @@ def bottom_mask(
     saliency:Tensor, # One number a position, N x H x W
     frac:float, # Share to mask, 0 to 1
 )->Tensor: # True where masked, N x H x W, bool
-    "Mask of the `floor(frac*H*W)` smallest values of each image; ties (and NaN) are broken by position, first row first."
+    "Mask of the `floor(frac*H*W)` smallest values of each image; ties are broken by position, first row first; NaN ranks as +inf."
     if saliency.ndim != 3: raise BadInput(f"saliency is {_shape(saliency)}; a mask needs batch x height x width (see feature_saliency).")
     s = _plain(saliency).detach().flatten(1)
+    if s.is_floating_point(): s = s.nan_to_num(math.inf, math.inf, -math.inf)
     k = n_masked(frac, s.shape[1])
     if k == 0: return torch.zeros(saliency.shape, dtype=torch.bool, device=s.device)
     kth = s.kthvalue(k, dim=1, keepdim=True).values
     below = s < kth
-    level = ~(below | (s > kth))
+    level = s == kth
     room = k - below.sum(1, keepdim=True)
     return (below | (level & (level.cumsum(1) <= room))).view(saliency.shape)
 
@@ -106,12 +107,14 @@ def top_mask(
     "Mask of the `floor(frac*H*W)` largest values of each image; ties are broken by position, first row first."
     return bottom_mask(-_plain(saliency), frac)
 
-# %% ../nbs/05_saliency.ipynb #9f8d32b2
+# %% ../nbs/05_saliency.ipynb #ceb6e5be
 def check_fill(
     fill, # 'random', 'mean', 'corner' or a finite number
 ):
     "Return `fill` if it is a known name or a finite number; else raise `BadInput`."
-    return check_in('fill', fill, FILLS + ('a number',)) if isinstance(fill, str) and fill != 'a number' else check_range('fill', fill)
+    if not isinstance(fill, str): return check_range('fill', fill)
+    if fill in FILLS: return fill
+    raise BadInput(f"fill '{fill}' is unknown; allowed: {', '.join(FILLS)}, or a number in the units of the input.")
 
 def fill_values(
     xb:Tensor, # Images, N x C x H x W, floating point
@@ -154,24 +157,31 @@ def eval_mode(
         for m, mode in modes:
             if m.training != mode: m.train(mode)
 
-# %% ../nbs/05_saliency.ipynb #f6113095
+# %% ../nbs/05_saliency.ipynb #30f00f05
 def _forward(model, score):
     "The model with the score that is to be differentiated as its output."
     return model if score == 'logit' else lambda x, *a: F.log_softmax(model(x, *a).float(), dim=1)
 
 def _leaf(xb): return xb.detach().requires_grad_()
 
+def _captum():
+    "Captum, imported when first needed; without the warning that a notebook has no progress-bar widget, since we show none."
+    import warnings
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='IProgress not found')
+        import captum.attr
+    return captum.attr
+
 def _gradient(model, xb, yb, o): return saliency_gradient(model, xb, yb, o['score'])
 
 def _input_x_gradient(model, xb, yb, o):
-    from captum.attr import InputXGradient
-    return InputXGradient(_forward(model, o['score'])).attribute(_leaf(xb), target=yb)
+    return _captum().InputXGradient(_forward(model, o['score'])).attribute(_leaf(xb), target=yb)
 
 def _random(model, xb, yb, o):
     g = o['generator']
     return torch.rand(xb.shape, generator=g, device=g.device if g else xb.device).to(xb)
 
-# %% ../nbs/05_saliency.ipynb #298632d2
+# %% ../nbs/05_saliency.ipynb #71f3e177
 @contextmanager
 def _seeded(generator, device):
     "Seed torch's own generators from `generator` inside, restore them after; without one do nothing."
@@ -183,21 +193,19 @@ def _seeded(generator, device):
         yield
 
 def _smoothgrad(model, xb, yb, o):
-    from captum.attr import NoiseTunnel, Saliency
     span = xb.amax((1, 2, 3), keepdim=True) - xb.amin((1, 2, 3), keepdim=True)
     span = torch.where(span > 0, span, 1.)
     f = _forward(model, o['score'])
-    tunnel = NoiseTunnel(Saliency(lambda z, s: f(z*s)))
+    tunnel = _captum().NoiseTunnel(_captum().Saliency(lambda z, s: f(z*s)))
     per_pass = min(o['n_samples'], max(1, o['batch_size']//len(xb)))
     with _seeded(o['generator'], xb.device):
         return tunnel.attribute(_leaf(xb/span), nt_type='smoothgrad', nt_samples=o['n_samples'], nt_samples_batch_size=per_pass,
             stdevs=float(o['noise']), abs=False, target=yb, additional_forward_args=(span,))/span
 
-# %% ../nbs/05_saliency.ipynb #1c3b05b7
+# %% ../nbs/05_saliency.ipynb #07fe2ad1
 def _integrated_gradients(model, xb, yb, o):
-    from captum.attr import IntegratedGradients
     base = o['baseline'] if isinstance(o['baseline'], Tensor) else fill_values(xb, o['baseline'], o['generator'])
-    ig = IntegratedGradients(_forward(model, o['score']))
+    ig = _captum().IntegratedGradients(_forward(model, o['score']))
     return ig.attribute(_leaf(xb), baselines=base.to(xb).expand_as(xb), target=yb, n_steps=o['n_steps'], internal_batch_size=max(len(xb), o['batch_size']))
 
 def last_conv(
@@ -209,8 +217,7 @@ def last_conv(
     return convs[-1]
 
 def _gradcam(model, xb, yb, o):
-    from captum.attr import LayerGradCam
-    cam = LayerGradCam(_forward(model, o['score']), o['layer'] or last_conv(model)).attribute(_leaf(xb), target=yb, relu_attributions=True)
+    cam = _captum().LayerGradCam(_forward(model, o['score']), o['layer'] or last_conv(model)).attribute(_leaf(xb), target=yb, relu_attributions=True)
     return F.interpolate(cam.float(), size=xb.shape[2:], mode='bilinear', align_corners=False).to(xb).expand_as(xb)
 
 # %% ../nbs/05_saliency.ipynb #d0d38564

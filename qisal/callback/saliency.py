@@ -31,18 +31,18 @@ def masked_kl(
     target = F.log_softmax((pred.detach() if detach else pred).float(), dim=1)
     return F.kl_div(F.log_softmax(masked_pred.float(), dim=1), target, log_target=True, reduction='batchmean')
 
-# %% ../../nbs/06_callback.saliency.ipynb #9c54e798
+# %% ../../nbs/06_callback.saliency.ipynb #f25ece29
 @contextmanager
 def no_running_stats(
     model:nn.Module, # Any network
 ):
     "Inside, batch- and instance-norm layers in training mode normalise by the batch without updating their running statistics."
-    norms = [m for m in model.modules() if m.training and getattr(m, 'track_running_stats', False)]
+    norms = [(m, m.running_mean, m.running_var) for m in model.modules() if m.training and getattr(m, 'track_running_stats', False)]
     try:
-        for m in norms: m.track_running_stats = False
+        for m, _, _ in norms: m.track_running_stats,m.running_mean,m.running_var = False,None,None  # instance norm only heeds the latter
         yield
     finally:
-        for m in norms: m.track_running_stats = True
+        for m, mean, var in norms: m.track_running_stats,m.running_mean,m.running_var = True,mean,var
 
 # %% ../../nbs/06_callback.saliency.ipynb #5f1acea0
 class LossParts:
@@ -88,7 +88,7 @@ def guidable(
     if n_masked(frac, h*w) == 0: raise BadInput(f"frac is {frac}, which is no position of a {h} x {w} image; use at least {1/(h*w):.2g}.")
     return xb[0]
 
-# %% ../../nbs/06_callback.saliency.ipynb #ee45390b
+# %% ../../nbs/06_callback.saliency.ipynb #507aecd3
 MODES, KL_TARGETS, SALIENCY_PASSES = ('exact', 'fast'), ('both', 'detached'), ('shared', 'eval')
 
 class SaliencyMaskingCallback(Callback):
@@ -145,7 +145,9 @@ class SaliencyMaskingCallback(Callback):
         if self._pred is None: return
         self._ce = self.learn.loss_grad
         if self.mode == 'exact': self.learn.loss_grad = self._add_kl()
-        else: self._ce.register_hook(self._keep_scale)
+        else:
+            self._ce.register_hook(self._keep_scale)
+            self.learn.loss_grad = self._ce.clone()  # GradientAccumulation divides in place, which would cut off the hook
 
     def after_backward(self):
         if self.mode == 'fast' and self._pred is not None: self._second_backward()
@@ -154,7 +156,7 @@ class SaliencyMaskingCallback(Callback):
     def after_cancel_batch(self):
         if self._user_xb is not None: self.learn.xb = self._user_xb
 
-# %% ../../nbs/06_callback.saliency.ipynb #dad2efe4
+# %% ../../nbs/06_callback.saliency.ipynb #21e9ed8b
 @patch
 def _input_gradient(self:SaliencyMaskingCallback, y):
     "Gradient of the true-class score, from the graph of this batch's forward pass or from a pass in evaluation mode."
@@ -183,7 +185,7 @@ def _keep_scale(self:SaliencyMaskingCallback, g): self._scale = g.detach()
 @patch
 def _second_backward(self:SaliencyMaskingCallback):
     "Fast mode: the mask from the input gradient of the loss, then the KL term's own backward pass at the loss's scale."
-    if self._x.grad is None or self._scale is None: return  # another callback cancelled the backward pass
+    if self._x.grad is None: return  # another callback cancelled the backward pass
     on, dtype = self._autocast
     with torch.autocast(self._x.device.type, dtype=dtype, enabled=on): self._kl = self._masked_kl(-self._x.grad)
     (self._kl*(self.lam*self._scale)).backward()
