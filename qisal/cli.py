@@ -30,7 +30,7 @@ def polite(f):
             raise typer.Exit(130)
     return run
 
-# %% ../nbs/13_cli.ipynb #3ac30cf7
+# %% ../nbs/13_cli.ipynb #4a3dd965
 def split(
     text:str|None, # 'a,b,c'; None: not given
     name:str, # The option, for the message
@@ -39,10 +39,9 @@ def split(
     "The elements of a comma-separated list."
     if text is None: return None
     parts = [o.strip() for o in text.split(',')]
-    try: return [kind(o) for o in parts if o or _empty(name, text)]
+    if not all(parts): raise BadInput(f"--{name} '{text}' has an empty element; write values with single commas between them.")
+    try: return [kind(o) for o in parts]
     except ValueError: raise BadInput(f"--{name} is '{text}'; it must be a comma-separated list of whole numbers, such as 0,1,2.") from None
-
-def _empty(name, text): raise BadInput(f"--{name} '{text}' has an empty element; write values with single commas between them.")
 
 # %% ../nbs/13_cli.ipynb #d6febfb4
 def _opt(text, **kw): return typer.Option(help=text, **kw)

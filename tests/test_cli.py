@@ -1,0 +1,155 @@
+"""The `qisal` command as a user runs it: exit status, one clear line for bad input, nothing half-written."""
+import json, os, re, subprocess, sys, time
+from pathlib import Path
+import numpy as np, pytest
+from PIL import Image
+from test_run import RESULTS, SPEC, data, folder, make_template, spec_file, template  # noqa: F401 (fixtures)
+from qisal.core import BadInput, RunSpec
+
+def qisal(*args, cwd=None, **env):
+    return subprocess.run([sys.executable, '-m', 'qisal.cli', *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=120,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
+
+def refused(r, *words):
+    assert r.returncode == 2, r.stdout + r.stderr
+    assert r.stdout == '' and r.stderr.startswith('qisal: error: ') and r.stderr.count('\n') == 1, r.stderr
+    for o in words: assert o in r.stderr, r.stderr
+
+COMMANDS = ('study', 'run', 'report', 'data', 'explain')
+
+def test_help_lists_all_commands():
+    r = qisal('--help')
+    assert r.returncode == 0 and all(o in r.stdout for o in COMMANDS)
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_of_a_command_has_an_example(name):
+    r = qisal(name, '--help')
+    assert r.returncode == 0 and 'Example' in r.stdout and f'qisal {name} ' in r.stdout
+
+def test_help_imports_nothing_heavy():
+    code = "import sys\nfrom qisal import cli\ntry: cli.app(['study', '--help'])\nexcept SystemExit: pass\nprint([o for o in ('torch', 'fastai', 'pandas', 'numpy', 'matplotlib', 'papermill') if o in sys.modules])"
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert r.stdout.splitlines()[-1] == '[]'
+
+def test_no_command_shows_help(): assert 'Commands:' in (r := qisal()).stdout + r.stderr and r.returncode == 2
+
+@pytest.mark.parametrize('args,words', [
+    (['--profile', 'smol'], ['profile', 'smol', 'smoke, quick, paper']), (['--datasets', 'mnits'], ['mnits', "Did you mean 'mnist'"]), (['--bits', '32,5'], ["'5'", 'w2a4']),
+    (['--bits', '4,,2'], ['--bits', 'empty element']), (['--bits', ''], ['--bits']), (['--guided', 'maybe'], ['maybe', 'off, on']), (['--seeds', '-1'], ['seed is -1']),
+    (['--seeds', 'a'], ['--seeds', "'a'", 'whole numbers']), (['--arch', 'vgg'], ['vgg', 'resnet20']), (['--epochs', '0'], ['epochs is 0']), (['--epochs', '-3'], ['epochs is -3']),
+    (['--epochs', 'x'], ['--epochs']), (['--jobs', '0'], ['jobs is 0']), (['--jobs', '-2'], ['jobs is -2']), (['--threads', '0'], ['threads is 0']), (['--frac', '0'], ['frac is 0']),
+    (['--frac', '1'], ['frac is 1']), (['--frac', 'nan'], ['frac']), (['--n-train', '0'], ['n_train is 0']), (['--n-train', '2000000'], ['n_train is 2000000']), (['--attributions', 'lime'], ['lime', 'gradient']),
+    (['--template', 'none.ipynb'], ['none.ipynb']), (['--epoch', '3'], ['--epoch']), (['--datasets', 'folder:none'], ['none']), (['extra'], ['extra'])], ids=lambda o: ' '.join(o) if o and o[0][:1] == '-' else '')
+def test_study_refuses_before_anything(tmp_path, args, words):
+    refused(qisal('study', '--out', tmp_path/'study', *args), *words)
+    assert not list(tmp_path.rglob('runs/*')) and not list(tmp_path.rglob('manifest.json'))
+
+@pytest.mark.parametrize('args', [['smok'], ['folder:none'], ['cifar10', '--sample']], ids=str)
+def test_data_refuses(args): refused(qisal('data', *args))
+
+def test_data_says_what_it_is():
+    r = qisal('data', 'mnist', '--sample')
+    assert r.returncode == 0 and '2000 training and 1000 test images of 28 x 28 x 1' in r.stdout and len(re.findall(r'sha256 [0-9a-f]{64}\n', r.stdout)) == 4
+
+def test_data_of_a_folder_with_a_corrupt_image(tmp_path):
+    for c in 'ab':
+        (tmp_path/c).mkdir()
+        for i in range(4): Image.new('L', (32, 32), 60*i).save(tmp_path/c/f'{i}.png')
+    assert qisal('data', f'folder:{tmp_path}').returncode == 0
+    (tmp_path/'b'/'3.png').write_bytes((tmp_path/'b'/'2.png').read_bytes()[:40])
+    refused(qisal('data', f'folder:{tmp_path}'), '3.png')
+
+def test_report_refuses(tmp_path):
+    refused(qisal('report', tmp_path/'none'))
+    refused(qisal('report', tmp_path))
+
+def test_run_refuses(tmp_path, template):  # noqa: F811
+    out = tmp_path/'out'
+    refused(qisal('run', '--out', out), '--spec')
+    refused(qisal('run', '--spec', tmp_path/'none.json', '--out', out), 'none.json')
+    for text, word in (('{', 'no valid JSON'), ('[]', 'JSON object'), ('{"bitz": "4"}', "'bitz' is unknown"), ('{"bits": "7"}', "bits '7'"), ('{"bits": 4}', 'bits')):
+        (tmp_path/'s.json').write_text(text)
+        refused(qisal('run', '--spec', tmp_path/'s.json', '--out', out, '--template', template), word)
+    assert not out.exists()
+    refused(qisal('run', '--spec', spec_file(tmp_path), '--out', template/'x', '--template', template), 'is a file')
+
+def test_run_is_done_once(tmp_path, template):  # noqa: F811
+    cmd = ['run', '--spec', spec_file(tmp_path), '--out', tmp_path/'out', '--template', template]
+    first = qisal(*cmd)
+    assert first.returncode == 0 and first.stdout == f'{SPEC.run_id}: accuracy 50.00%\n' and first.stderr == ''
+    before = (folder(tmp_path/'out')/'run.ipynb').stat().st_mtime_ns
+    again = qisal(*cmd)
+    assert again.returncode == 0 and again.stdout == first.stdout and (folder(tmp_path/'out')/'run.ipynb').stat().st_mtime_ns == before
+
+def test_failed_run_has_exit_status_1(tmp_path, data):  # noqa: F811
+    bad = make_template(tmp_path/'t.ipynb', '1/0', data=data)
+    r = qisal('run', '--spec', spec_file(tmp_path), '--out', tmp_path/'out', '--template', bad)
+    assert r.returncode == 1 and 'ZeroDivisionError' in r.stderr and 'Traceback' not in r.stderr
+
+def real_study(tmp_path, *args): return qisal('study', '--bits', '32', '--guided', 'off', '--epochs', '1', '--out', 'mine', *args, cwd=tmp_path)
+
+def test_nan_in_training_ends_the_run_as_failed_with_the_epoch(tmp_path):
+    "The real template and a learning rate that no network survives."
+    spec = RunSpec(sample=True, epochs=2, lr=1e30)
+    r = qisal('run', '--spec', spec_file(tmp_path, spec), '--out', tmp_path/'out')
+    assert r.returncode == 1 and 'TrainingFailed' in r.stderr and 'epoch 1' in r.stderr
+    error = json.loads((folder(tmp_path/'out', spec)/'error.json').read_text())
+    assert error['type'] == 'TrainingFailed' and error['epoch'] == 1 and 'batch' in error['message']
+
+@pytest.fixture(scope='module')
+def studied(tmp_path_factory):
+    "One real run with the real template, from another working directory."
+    cwd = tmp_path_factory.mktemp('elsewhere')
+    return cwd, real_study(cwd)
+
+def test_real_study_from_another_folder(studied):
+    cwd, r = studied
+    assert r.returncode == 0, r.stdout + r.stderr
+    assert r.stdout.rstrip().endswith('report: ' + os.path.join('mine', 'report.html')) and (cwd/'mine'/'report.html').stat().st_size > 10000
+    assert re.search(r'mnist +small_cnn +32 +off +0 ', r.stdout)
+    run, = (cwd/'mine'/'runs').iterdir()
+    assert {'spec.json', 'run.ipynb', 'metrics.json', 'curves.csv', 'history.csv', 'maps.npz', 'figures', 'model', 'log.txt'} <= {o.name for o in run.iterdir()}
+    m = json.loads((run/'metrics.json').read_text())
+    assert m['accuracy'] > .6 and m['n_test'] == 1000 and m['masking']['gradient']['accuracy'][0] == m['accuracy'] and m['masking']['gradient']['auc'] < m['masking']['random']['auc']
+    assert str(cwd) not in (run/'run.ipynb').read_text() + (run/'metrics.json').read_text()
+    z = np.load(run/'maps.npz', allow_pickle=False)
+    assert z['images'].shape == (10, 28, 28, 1) and z['images'].dtype == np.uint8 and z['maps'].shape == (10, 28, 28) and z['maps'].dtype == np.float32
+    assert list(z['labels']) == list(range(10)) and z['pred'].shape == (10,)
+
+def test_second_study_repeats_nothing(studied):
+    cwd, _ = studied
+    files = {o: o.stat().st_mtime_ns for o in (cwd/'mine'/'runs').rglob('*') if o.is_file()}
+    r = real_study(cwd)
+    assert r.returncode == 0 and 'done before' in r.stdout and {o: o.stat().st_mtime_ns for o in files} == files
+
+def test_study_with_a_failed_run_has_exit_status_1_and_a_report(tmp_path, data):  # noqa: F811
+    bad = make_template(tmp_path/'t.ipynb', "if bits == '4': 1/0", data=data)
+    r = qisal('study', '--bits', '32,4', '--guided', 'off', '--epochs', '1', '--out', 'x', '--template', bad, cwd=tmp_path)
+    assert r.returncode == 1 and '1 of 2 runs failed' in r.stderr and 'Traceback' not in r.stderr, r.stdout + r.stderr
+    assert (tmp_path/'x'/'report.html').exists()
+
+def test_explain(studied, tmp_path):
+    cwd, _ = studied
+    run, = (cwd/'mine'/'runs').iterdir()
+    model, z = run/'model', np.load(run/'maps.npz', allow_pickle=False)
+    right = int(np.flatnonzero(z['pred'] == z['labels'])[0])
+    Image.fromarray(z['images'][right, ..., 0]).save(tmp_path/'digit.png')
+    r = qisal('explain', tmp_path/'digit.png', '--model', model, '--out', tmp_path/'o.png')
+    assert r.returncode == 0 and r.stdout.startswith(f"prediction: {z['labels'][right]}\n"), r.stdout + r.stderr
+    assert min(Image.open(tmp_path/'o.png').size) > 200
+    Image.fromarray(z['images'][right, ..., 0]).convert('RGB').resize((90, 90)).save(tmp_path/'big.png')  # another size and mode
+    assert qisal('explain', tmp_path/'big.png', '--model', model, '--out', tmp_path/'o.png').stdout.startswith('prediction: ')
+
+def test_explain_refuses(studied, tmp_path):
+    cwd, _ = studied
+    run, = (cwd/'mine'/'runs').iterdir()
+    Image.new('L', (28, 28)).save(tmp_path/'ok.png')
+    Image.new('I;16', (28, 28)).save(tmp_path/'deep.png')
+    (tmp_path/'cut.png').write_bytes((tmp_path/'ok.png').read_bytes()[:50])
+    (tmp_path/'text.png').write_text('no image')
+    for name in ('none.png', 'cut.png', 'text.png', 'deep.png'):
+        refused(qisal('explain', tmp_path/name, '--model', run/'model', '--out', tmp_path/'o.png'), name)
+    refused(qisal('explain', tmp_path/'ok.png', '--model', tmp_path, '--out', tmp_path/'o.png'))
+    refused(qisal('explain', tmp_path/'ok.png', '--model', run/'model', '--out', tmp_path/'o.jpg'), '.png')
+    refused(qisal('explain', tmp_path/'ok.png', '--model', run/'model', '--out', tmp_path/'no'/'o.png'), 'no folder')
+    assert not (tmp_path/'o.png').exists()
