@@ -17,12 +17,12 @@ from pathlib import Path
 from .core import (BadInput, RunSpec, DATASETS, asset, check_in, check_range, code_hash, provenance, read_json,
                         write_atomic, write_json)
 
-# %% ../nbs/11_run.ipynb #847adca6
+# %% ../nbs/11_run.ipynb #dd016b49
 PROFILES = {
     'smoke': dict(datasets=('mnist',), bits=('32', '4', '4/2', '2'), guided=(False, True), seeds=(0,),
                   common=dict(sample=True, epochs=8, batch_size=64, lr=3e-3), by_dataset={}),
     'quick': dict(datasets=('mnist', 'fashion_mnist'), bits=('32', '4', '4/2', '2'), guided=(False, True), seeds=(0,),
-                  common=dict(epochs=5), by_dataset={'fashion_mnist': dict(epochs=8), 'cifar10': dict(arch='resnet20', epochs=8)}),
+                  common=dict(epochs=5, lr=2e-3), by_dataset={'fashion_mnist': dict(epochs=6), 'cifar10': dict(arch='resnet20', epochs=3, lr=5e-3)}),
     'paper': dict(datasets=DATASETS, bits=('32', '8', '4', '3', '2', '4/2', 'w2a4', 'w4a2'), guided=(False, True), seeds=(0, 1, 2, 3, 4),
                   common=dict(epochs=20, attributions=('gradient', 'smoothgrad', 'integrated_gradients', 'random')),
                   by_dataset={'cifar10': dict(arch='resnet20', epochs=60)}),
