@@ -133,7 +133,7 @@ def plot_masking_curves(
     _legend(fig, lines, ncols=3)
     return fig
 
-# %% ../nbs/08_interpret.ipynb #3d78bc19
+# %% ../nbs/08_interpret.ipynb #033f2b65
 def _check_grid(images, maps, labels, captions):
     if not len(images): raise BadInput("there are no images to draw; give at least one.")
     if not maps: raise BadInput("there are no maps to draw; give a dict of column -> maps.")
@@ -162,7 +162,7 @@ def plot_saliency_grid(
     n, cols = len(images), len(maps) + 1
     cell = min(1.6, WIDTH/cols)
     width = max(cols*cell, 4.5)
-    fig, axs = _figure(n*(cell + (.25 if captions else .04)) + 1.35, n, cols, width=width)
+    fig, axs = _figure(n*(cell - .11 + (.24 if captions else .06)) + 1.35, n, cols, width=width)
     for row, (ax, img) in enumerate(zip(axs[:, 0], images)):
         ax.imshow(to_picture(img), cmap='gray', vmin=0, vmax=1)
         if labels is not None: ax.set_ylabel(str(labels[row]), fontsize=10, rotation=0, ha='right', va='center')
@@ -182,18 +182,18 @@ def _map_bar(fig, drawn, axs, q):
     bar.set_label(f'|saliency|, relative to the {q:.0%} quantile of each map', fontsize=10)
     bar.ax.tick_params(labelsize=9)
 
-# %% ../nbs/08_interpret.ipynb #f8cfd793
+# %% ../nbs/08_interpret.ipynb #bfe0827d
 def _overlay_colors():
     from matplotlib import colormaps
     return colormaps['inferno_r'].resampled(256)
 
-def _overlaid(img, scaled, floor=.55):
+def _overlaid(img, scaled, floor=.65):
     "Image and scaled map (H x W in [0, 1]) as one RGB picture."
     pic = to_picture(img)
     if pic.ndim == 2: pic = np.repeat(pic[..., None], 3, 2)
     if pic.shape[:2] != scaled.shape: raise BadInput(f"the map is {scaled.shape}, the image {pic.shape[:2]}; they must have the same size.")
-    a = .92*scaled[..., None]**.7
-    return (floor + (1 - floor)*pic)*(1 - a) + _overlay_colors()(.25 + .75*scaled)[..., :3]*a
+    a = .95*scaled[..., None]
+    return (floor + (1 - floor)*pic)*(1 - a) + _overlay_colors()(.4 + .6*scaled)[..., :3]*a
 
 def _overlay_bar(fig, ax, **kw):
     "The overlay's scale, as its colours look on a mid-grey of the image."
