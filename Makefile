@@ -20,7 +20,7 @@ BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 MOVED := $(shell [ -e .venv/.ready ] && [ "$$(cat .venv/.ready)" != "$$(pwd)" ] && echo rebuild)
 
 # What a test sees: the tools of .venv first, one thread a process (two processes at a time).
-TESTENV := PATH="$$PWD/$(BIN):$$PATH" OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
+TESTENV := PATH="$$PWD/$(BIN):$$PATH" OMP_NUM_THREADS=1
 
 .PHONY: study setup test browser check notebooks unit wheel readme lock clean distclean rebuild
 .DEFAULT_GOAL := study
@@ -29,6 +29,7 @@ study: setup
 	@$(BIN)/qisal study --profile smoke --out reports/smoke --jobs $(JOBS)
 
 setup: .venv/.ready
+	@:
 
 # The stamp is written last. `.installing` stands while pip works: an installation that was cut off is started over.
 .venv/.ready: settings.ini constraints.txt setup.py pyproject.toml $(MOVED)

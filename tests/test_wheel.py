@@ -111,7 +111,7 @@ def link(dists, folder):
 def lonely_env(home):
     "Environment variables of a user who has only the second environment, and an empty home."
     keep = {k: v for k, v in os.environ.items() if k in ('LANG', 'LC_ALL', 'TMPDIR')}
-    return {**keep, 'PATH': f"{ENV/'bin'}:/usr/local/bin:/usr/bin:/bin", 'HOME': str(home), 'OMP_NUM_THREADS': '1', 'PYTHONDONTWRITEBYTECODE': '1'}
+    return {**keep, 'PATH': f"{ENV/'bin'}:/usr/local/bin:/usr/bin:/bin", 'HOME': str(home), 'OMP_NUM_THREADS': '1'}
 
 @pytest.fixture(scope='module')
 def user(built, tmp_path_factory):
