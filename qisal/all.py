@@ -10,8 +10,9 @@ import importlib
 
 MODULES = ('core', 'data', 'models', 'quant', 'callback.pact', 'saliency', 'callback.saliency', 'metrics', 'interpret', 'cost', 'deploy', 'run', 'report')
 
-# %% ../nbs/14_all.ipynb #a68e7210
-OURS_BY_MODULE = ('accuracy',)  # names that fastai.vision.all has too; say `qisal.metrics.accuracy`
+# %% ../nbs/14_all.ipynb #c4462474
+OURS_BY_MODULE = {'accuracy': 'metrics', 'set_seed': 'core', 'get_model': 'models', 'resnet18': 'models',
+                  'save_model': 'deploy', 'load_model': 'deploy'}  # names that fastai.vision.all has too
 
 _names = {o: m for m in MODULES for o in importlib.import_module(f'qisal.{m}').__all__ if o not in OURS_BY_MODULE}
 globals().update({o: getattr(importlib.import_module(f'qisal.{m}'), o) for o, m in _names.items()})

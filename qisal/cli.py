@@ -249,10 +249,10 @@ def _write_overlay(img, saliency, title, out):
     try: write_atomic(out, buffer.getvalue())
     except OSError as e: raise BadInput(f"{out} cannot be written ({e.strerror}); choose another name or folder.") from e
 
-# %% ../nbs/13_cli.ipynb #e3aa50a4
+# %% ../nbs/13_cli.ipynb #79660f61
 def main():
     "The command `qisal`: runs it and exits with its status; wrong usage looks like any other bad input."
-    try: status = app(standalone_mode=False)
+    try: status = app(prog_name='qisal', standalone_mode=False)
     except Exception as e:
         if not hasattr(e, 'format_message'): raise
         if type(e).__name__ == 'NoArgsIsHelpError': message = e.format_message()
@@ -261,6 +261,5 @@ def main():
         status = 2
     sys.exit(status or 0)
 
-# %% ../nbs/13_cli.ipynb #829c1736
-#| eval: false
-if __name__ == '__main__': main()
+# %% ../nbs/13_cli.ipynb #2f74b575
+if __name__ == '__main__' and '__file__' in globals(): main()  # `python -m qisal.cli`, not this notebook

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'RESULTS_FORMAT', 'RESULT_KEYS', 'NEED_BYTES', 'THREAD_VARIABLES', 'grid', 'template_parameters',
-           'check_template', 'template_hash', 'fingerprint', 'check_result', 'read_metrics', 'is_done',
-           'data_checksums', 'RunLock', 'check_out', 'RunFailed', 'run_one', 'load_runs', 'summary', 'write_summary',
-           'end_with_parent', 'write_manifest', 'available_cores', 'run_study']
+           'check_template', 'template_hash', 'fingerprint', 'check_result', 'read_metrics', 'changed_parts', 'is_done',
+           'data_checksums', 'RunLock', 'disk_errors', 'check_out', 'RunFailed', 'run_one', 'load_runs', 'summary',
+           'write_summary', 'end_with_parent', 'write_manifest', 'available_cores', 'run_study']
 
 # %% ../nbs/11_run.ipynb #76c4c4b8
 import ast, contextlib, errno, fcntl, hashlib, json, math, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -135,7 +135,7 @@ def check_result(
             raise ValueError(f"the masking curve '{name}' is no list of shares, one a fraction")
     return result
 
-# %% ../nbs/11_run.ipynb #9ea72b6b
+# %% ../nbs/11_run.ipynb #4d2d0b4d
 def _seal(
     metrics:dict, # A result without a seal
 )->dict: # The same with `sha256`, the hash of all other entries
@@ -152,6 +152,18 @@ def read_metrics(
     if m.get('format') != RESULTS_FORMAT: raise BadInput(f"{path} has results format {m.get('format')}, this qisal writes {RESULTS_FORMAT}; choose another output folder.")
     return m if _seal(m) == m else None
 
+def changed_parts(
+    folder, # A run's folder
+    spec:RunSpec, # What would be run
+    template, # With which template
+    data:dict|None=None, # On which arrays (name -> SHA-256); None: don't compare
+)->list|None: # Names of the parts of the fingerprint that differ; empty: done; None: there is no result
+    "Compare the result in `folder` with what would be run now."
+    m = read_metrics(folder)
+    if m is None: return None
+    now = fingerprint(spec, template_hash(template), code_hash(), m['data'] if data is None else data)
+    return [k for k in ('spec', 'template', 'code', 'data') if m['fingerprint'].get(k) != now[k]]
+
 def is_done(
     folder, # A run's folder
     spec:RunSpec, # What would be run
@@ -159,9 +171,7 @@ def is_done(
     data:dict|None=None, # On which arrays (name -> SHA-256); None: don't compare
 )->bool:
     "Is there a result in `folder` that carries the fingerprint of what would be run now?"
-    m = read_metrics(folder)
-    if m is None: return False
-    return m['fingerprint'] == fingerprint(spec, template_hash(template), code_hash(), m['data'] if data is None else data)
+    return changed_parts(folder, spec, template, data) == []
 
 # %% ../nbs/11_run.ipynb #a12c2d3b
 def data_checksums(
@@ -195,11 +205,11 @@ class RunLock:
         os.close(self.fd)
         self.fd = None
 
-# %% ../nbs/11_run.ipynb #d2bc83a4
+# %% ../nbs/11_run.ipynb #bc7d3282
 NEED_BYTES = 16 << 20  # free space asked for before a run: a notebook with its figures and a model are a few MB
 
 @contextlib.contextmanager
-def _disk(
+def disk_errors(
     out, # The folder that is being written
 ):
     "Turn the operating system's refusals into one sentence that says what to do."
@@ -216,7 +226,7 @@ def check_out(
 )->Path: # The folder
     "Make and check a study's folder: a folder, writable, with room, and of this version of the results format."
     out = Path(out)
-    with _disk(out):
+    with disk_errors(out):
         try: out.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError as e: raise BadInput(f"{out} cannot be made ({e.strerror}); choose another output folder.") from e
         _check_format(out)
@@ -233,39 +243,57 @@ def _check_format(out):
     found = found.get('format') if isinstance(found, dict) else None
     if found != RESULTS_FORMAT: raise BadInput(f"{out} holds results of format {found}, this qisal writes {RESULTS_FORMAT}; choose another output folder.")
 
-# %% ../nbs/11_run.ipynb #575f1d8f
+# %% ../nbs/11_run.ipynb #279e1f49
 THREAD_VARIABLES = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMEXPR_NUM_THREADS', 'VECLIB_MAXIMUM_THREADS')
+
+_KERNEL = """import os, runpy, sys
+if sys.platform == 'linux':
+    import ctypes
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+if os.getppid() != {parent}: os._exit(1)  # the parent died before that
+if sys.path[0] == '': del sys.path[0]
+runpy.run_module('ipykernel_launcher', run_name='__main__', alter_sys=True)"""
 
 def _kernel_manager(
     lock_fd:int, # Open file that the kernel inherits, so that the lock outlives this process until the kernel is gone
     log, # Open file for what the kernel's process says outside of the notebook
 ):
-    "A class of kernel managers whose kernels run this interpreter."
+    "A class of kernel managers whose kernels run this interpreter and end with this process."
     from jupyter_client.manager import AsyncKernelManager
     class RunKernelManager(AsyncKernelManager):
         def format_kernel_cmd(self, extra_arguments=None):
-            return [sys.executable, '-m', 'ipykernel_launcher', '-f', os.path.realpath(self.connection_file), *(extra_arguments or [])]
+            return [sys.executable, '-c', _KERNEL.format(parent=os.getpid()), '-f', os.path.realpath(self.connection_file), *(extra_arguments or [])]
         async def _async_start_kernel(self, **kw):
             return await super()._async_start_kernel(**kw, pass_fds=(lock_fd,), stdout=log, stderr=log)
         start_kernel = _async_start_kernel
     return RunKernelManager
 
+# %% ../nbs/11_run.ipynb #05c44365
 @contextlib.contextmanager
-def _private_folder():
-    "A new folder with a short path, and Jupyter's and IPython's state in it; gone at the end."
-    base = tempfile.gettempdir()
-    if len(os.fsencode(base)) > 80: base = '/tmp'  # room for '/qisal-xxxxxxxx/ipc-5' within 107 bytes
-    folder = tempfile.mkdtemp(prefix='qisal-', dir=base)
-    new = dict(JUPYTER_RUNTIME_DIR=folder, IPYTHONDIR=folder)
-    old = {k: os.environ.get(k) for k in (*new, 'MPLBACKEND')}
-    os.environ.update(new)
-    os.environ.pop('MPLBACKEND', None)  # inline figures, whatever the caller's terminal uses
-    try: yield folder
-    finally:
-        for k, v in old.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
-        shutil.rmtree(folder, ignore_errors=True)
+def _environment(
+    new:dict, # Variable -> value; None: unset
+):
+    "Set environment variables and give them back."
+    old = {k: os.environ.get(k) for k in new}
+    put = lambda d: [os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v) for k, v in d.items()]
+    put(new)
+    try: yield
+    finally: put(old)
 
-# %% ../nbs/11_run.ipynb #28fc21b6
+@contextlib.contextmanager
+def _private_folder(
+    lock:RunLock, # The run's lock, held
+):
+    "A new folder that only this user can read; gone at the end."
+    base = tempfile.gettempdir()
+    if len(os.fsencode(base)) > 70: base = '/tmp'  # room for '/qisal-0-0123456789ab/ipc-5' within 107 bytes
+    folder = Path(base)/f'qisal-{os.getuid()}-{_sha(str(lock.path.resolve()))[:12]}'
+    if folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid(): shutil.rmtree(folder)
+    folder.mkdir(mode=0o700)
+    try: yield folder
+    finally: shutil.rmtree(folder, ignore_errors=True)
+
+# %% ../nbs/11_run.ipynb #4b2c5335
 def _execute(
     template:Path, # The notebook
     folder:Path, # The run's folder
@@ -277,16 +305,13 @@ def _execute(
     import papermill
     from traitlets.config import Config
     logging.getLogger('papermill').setLevel(logging.WARNING)
-    with open(folder/'log.txt', 'a') as log, _private_folder() as private:
-        threads = {k: str(parameters['n_threads']) for k in THREAD_VARIABLES}
-        old = {k: os.environ.get(k) for k in threads}
-        os.environ.update(threads)
-        try:
+    with open(folder/'log.txt', 'a') as log, _private_folder(lock) as private:
+        variables = {o: str(parameters['n_threads']) for o in THREAD_VARIABLES}
+        variables |= dict(JUPYTER_RUNTIME_DIR=str(private), IPYTHONDIR=str(private), MPLBACKEND=None)  # no MPLBACKEND: figures inline
+        with _environment(variables):
             papermill.execute_notebook(str(template), str(folder/'run.part.ipynb'), parameters=parameters, kernel_name='python3', language='python',
                 progress_bar=False, kernel_manager_class=_kernel_manager(lock.fd, log), shutdown_kernel='immediate',
                 config=Config({'KernelManager': {'transport': 'ipc', 'ip': f'{private}/ipc', 'connection_file': f'{private}/kernel.json'}}))
-        finally:
-            for k, v in old.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
 
 # %% ../nbs/11_run.ipynb #cfe735c7
 def _keep_notebook(
@@ -360,7 +385,7 @@ def _finish(
     (folder/'result.json').unlink()
     return metrics
 
-# %% ../nbs/11_run.ipynb #97079f33
+# %% ../nbs/11_run.ipynb #a2f75904
 def run_one(
     spec:RunSpec, # The run
     out, # The study's folder; the run goes to `<out>/runs/<run_id>`
@@ -373,7 +398,7 @@ def run_one(
     template = check_template(template)
     out = check_out(out)
     folder = out/'runs'/spec.run_id
-    with _disk(out), RunLock(out, spec.run_id, say) as lock:
+    with disk_errors(out), RunLock(out, spec.run_id, say) as lock:
         if read_metrics(folder) is not None and is_done(folder, spec, template, data_checksums(spec)): return read_metrics(folder)
         _fresh(folder, out)
         return _run_fresh(spec, out, folder, template, n_threads, lock)
@@ -538,7 +563,7 @@ def available_cores()->int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
-# %% ../nbs/11_run.ipynb #15d18503
+# %% ../nbs/11_run.ipynb #eeae0ec7
 def _line(
     spec:RunSpec, # A run
     status:int|None, # Exit status of its worker; None: it was done before
@@ -551,10 +576,19 @@ def _line(
     why = f"{run['error']['type']}: {run['error']['message']}" if run['error'] else f'its process ended with status {status}'
     return f"{head}: FAILED ({why.splitlines()[0] if why else status})"
 
-def _done_before(specs, out, template, data):
-    return [o for o in specs if is_done(out/'runs'/o.run_id, o, template, data[_data_name(o)])]
+def _note_death(out, spec, status, said):
+    "Leave `error.json` for a worker that died without a word, unless somebody else has done the run since."
+    folder = out/'runs'/spec.run_id
+    with RunLock(out, spec.run_id):
+        if read_metrics(folder) is not None: return
+        folder.mkdir(exist_ok=True)
+        how = f"was killed by signal {-status} (the system does that when memory runs out)" if status < 0 else f'ended with status {status}'
+        said = f": {said.strip().splitlines()[-1]}" if said.strip() else ''
+        if not (folder/'spec.json').exists(): write_json(folder/'spec.json', spec.to_dict())
+        _keep_notebook(folder, 'run.failed.ipynb')
+        write_json(folder/'error.json', dict(type='ProcessDied', message=f"the run's process {how}{said}", epoch=None, cell=None))
 
-# %% ../nbs/11_run.ipynb #4fd2d530
+# %% ../nbs/11_run.ipynb #36d33322
 def run_study(
     specs:list, # Runs, as `grid` makes them
     out, # The study's folder
@@ -572,21 +606,30 @@ def run_study(
     path = check_template(template)
     out = check_out(out)
     data = {}
-    for o in specs: data.setdefault(_data_name(o), None) or data.update({_data_name(o): data_checksums(o)})
-    with _disk(out):
+    for o in specs: data[_data_name(o)] = data_checksums(o)
+    with disk_errors(out):
         write_manifest(out, specs, data, command)
-        done = _done_before(specs, out, path, data)
-        bar = tqdm(total=len(specs), initial=len(done), unit='run', desc=out.name, disable=None)
-        say = say or bar.write
-        try: _work(specs, done, out, _Pool(out, template, n_threads), jobs, bar, say)
+        changed = {o: changed_parts(out/'runs'/o.run_id, o, path, data[_data_name(o)]) for o in specs}
+        bar = tqdm(total=len(specs), initial=sum(v == [] for v in changed.values()), unit='run', desc=out.name, disable=None)
+        try: _work(changed, out, _Pool(out, template, n_threads), jobs, bar, say or bar.write)
         finally: bar.close()
     return summary(out)
 
-def _work(specs, done, out, pool, jobs, bar, say):
-    for o in done: say(_line(o, None, out))
+def _work(changed, out, pool, jobs, bar, say):
+    "Tell what is done and what is stale, run the rest, tell each result, keep the summary up to date."
+    for o, parts in changed.items():
+        if parts == []: say(_line(o, None, out))
+        elif parts: say(f"{o.run_id}: its result is of another {' and '.join(parts)}; it is kept in {out/'stale'}, the run is done again")
+    todo, start = [o for o, parts in changed.items() if parts != []], time.monotonic()
     write_summary(out)
-    for spec, status, said, seconds in pool.run([o for o in specs if o not in done], jobs):
-        if status == 2: raise BadInput(said.strip().splitlines()[-1].removeprefix('qisal: error: ') if said.strip() else 'a run was refused.')
-        say(_line(spec, status, out, seconds))
+    for i, (spec, status, said, seconds) in enumerate(pool.run(todo, jobs), 1):
+        if status == 2: raise BadInput(_refusal(said))
+        if status not in (0, 1): _note_death(out, spec, status, said)
+        left = (time.monotonic() - start)/i*(len(todo) - i)
+        say(f'[{i}/{len(todo)}] {_line(spec, status, out, seconds)}' + (f'; about {math.ceil(left/60)} min left' if left else ''))
         bar.update()
         write_summary(out)
+
+def _refusal(said):
+    found = [o for o in said.splitlines() if o.startswith('qisal: error: ')]
+    return found[-1].removeprefix('qisal: error: ') if found else f'a run was refused: {said.strip()}'

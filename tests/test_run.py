@@ -73,7 +73,7 @@ def alive(pid):
     try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
     except FileNotFoundError: return False
 
-def until(what, seconds=30.):
+def until(what, seconds=90.):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if got := what(): return got
@@ -127,6 +127,7 @@ def test_altered_metrics_are_redone(out, template):
 def test_result_of_another_template_is_kept_aside_and_redone(out, template, data, tmp_path):
     old = R.run_one(SPEC, out, template)
     other = make_template(tmp_path/'other.ipynb', '1 + 1', data=data)
+    assert R.changed_parts(folder(out), SPEC, other, data) == ['template']
     new = R.run_one(SPEC, out, other)
     assert new['fingerprint']['template'] != old['fingerprint']['template']
     aside, = (out/'stale').iterdir()
@@ -179,33 +180,36 @@ def test_killed_worker_leaves_no_kernel_and_is_redone_from_scratch(tmp_path, out
         again = threading.Thread(target=R.run_one, args=(SPEC, out, template))  # at once: it has to wait for the orphaned kernel
         again.start()
         until(lambda: not any(map(alive, kernels)), 10)
-        again.join(40)
+        again.join(120)
     assert R.read_metrics(folder(out))['accuracy'] == .5
     assert not (folder(out)/'junk').exists() and not (folder(out)/'result.json').exists()
 
-def test_orphaned_kernel_holds_the_lock(tmp_path, out, template):
+def test_orphaned_kernel_holds_the_lock(tmp_path, out, data):
+    "A kernel that does not die with its parent, because it asked the system not to and then was stopped."
+    t = make_template(tmp_path/'t.ipynb', "import ctypes\nctypes.CDLL(None).prctl(1, 0)\nwait('orphan')", data=data)
     notes = tmp_path/'notes'
-    with command(run_cmd(tmp_path, out, template), notes, 'start') as p:
-        kernel, = until(lambda: pids(notes, 'start'))
-        os.kill(kernel, signal.SIGSTOP)  # it cannot notice that its parent is gone
+    with command(run_cmd(tmp_path, out, t), notes, 'orphan') as p:
+        kernel, = until(lambda: pids(notes, 'orphan'))
+        os.kill(kernel, signal.SIGSTOP)
         p.kill()
         p.wait()
         said, entered = [], threading.Event()
         def enter():
             with R.RunLock(out, SPEC.run_id, said.append): entered.set()
-        t = threading.Thread(target=enter)
-        t.start()
+        thread = threading.Thread(target=enter)
+        thread.start()
         assert not entered.wait(1.5) and 'another process' in said[0]
-        os.kill(kernel, signal.SIGCONT)
+        os.kill(kernel, signal.SIGCONT)  # now it notices that its parent is gone
         assert entered.wait(10)
-        t.join()
+        until(lambda: not alive(kernel), 5)
+        thread.join()
 
 def test_killed_kernel_fails_the_run_and_the_next_try_succeeds(tmp_path, out, template):
     notes = tmp_path/'notes'
     with command(run_cmd(tmp_path, out, template), notes, 'start') as p:
         kernel, = until(lambda: pids(notes, 'start'))
         os.kill(kernel, signal.SIGKILL)
-        said, _ = p.communicate(timeout=40)
+        said, _ = p.communicate(timeout=120)
     assert p.returncode == 1 and 'the kernel died' in said
     error = read_json(folder(out)/'error.json')
     assert error['type'] == 'DeadKernelError' and not (folder(out)/'metrics.json').exists()
@@ -217,7 +221,7 @@ def test_sigterm_ends_worker_and_kernel_and_is_no_failure(tmp_path, out, templat
     with command(run_cmd(tmp_path, out, template), notes, 'start') as p:
         kernel, = until(lambda: pids(notes, 'start'))
         p.terminate()
-        p.communicate(timeout=20)
+        p.communicate(timeout=60)
         until(lambda: not alive(kernel), 5)
     assert p.returncode == 143 and not (folder(out)/'error.json').exists() and not (folder(out)/'metrics.json').exists()
 
@@ -231,11 +235,11 @@ def children(pid):
 def test_pool_that_dies_takes_workers_and_kernels_along(tmp_path, out, template, how):
     notes = tmp_path/'notes'
     with command(study_cmd(out, template), notes, 'start') as p:
-        kernels = until(lambda: len(o := pids(notes, 'start')) == 2 and o, 90)
+        kernels = until(lambda: len(o := pids(notes, 'start')) == 2 and o, 200)
         workers = children(p.pid)
         assert len(workers) == 2
         p.send_signal(signal.SIGKILL if how == 'kill' else signal.SIGINT)
-        said, _ = p.communicate(timeout=20)
+        said, _ = p.communicate(timeout=60)
         until(lambda: not any(map(alive, kernels | workers)), 10)
     if how == 'ctrl-c': assert p.returncode == 130 and 'qisal: stopped' in said and 'Traceback' not in said
     assert not list(out.glob('runs/*/metrics.json')) and not list(out.glob('runs/*/error.json'))
@@ -249,7 +253,7 @@ def test_two_studies_at_once_do_each_run_once(tmp_path, out, data):
     def go(order): tables.append(R.run_study(order, out, 2, 1, counted, say=lambda o: None))
     threads = [threading.Thread(target=go, args=(o,)) for o in (specs, specs[::-1])]
     for o in threads: o.start()
-    for o in threads: o.join(120)
+    for o in threads: o.join(300)
     assert len(tables) == 2 and all(set(o.status) == {'done'} for o in tables)
     assert sorted((out/'count').read_text().split()) == ['2', '32', '4']
 
@@ -264,7 +268,7 @@ def test_failed_run_does_not_stop_the_others(tmp_path, out, data):
     error = read_json(folder(out, specs[0])/'error.json')
     assert error['type'] == 'TrainingFailed' and error['epoch'] == 3 and error['cell'] == 4
     assert (folder(out, specs[0])/'run.failed.ipynb').exists() and not (folder(out, specs[0])/'run.part.ipynb').exists()
-    assert 'FAILED (TrainingFailed' in said[0] and 'accuracy 50.00%' in said[1]
+    assert '[1/3]' in said[0] and 'FAILED (TrainingFailed' in said[0] and 'min left' in said[0] and 'accuracy 50.00%' in said[1]
     summary = (out/'summary.csv').read_text().splitlines()
     assert len(summary) == 4 and summary[0].startswith('run_id,status,dataset')
 
@@ -296,14 +300,41 @@ def test_result_that_is_none_fails_the_run(tmp_path, out, data, case):
     with pytest.raises(R.RunFailed, match=message): R.run_one(SPEC, out, t)
     assert (folder(out)/'run.failed.ipynb').exists() and not (folder(out)/'metrics.json').exists()
 
-def test_kernel_gets_its_threads_and_the_environment_is_given_back(tmp_path, out, data, monkeypatch):
+def test_kernel_gets_its_threads_and_everything_is_given_back(tmp_path, out, data, monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '7')
     monkeypatch.setenv('MPLBACKEND', 'agg')
-    t, before, left = make_template(tmp_path/'t.ipynb', data=data), dict(os.environ), set(Path('/tmp').glob('qisal-*'))
+    t, before = make_template(tmp_path/'t.ipynb', data=data), dict(os.environ)
     m = R.run_one(SPEC, out, t, n_threads=2)
     assert m['timing'] == dict(total=.5, threads='2', n_threads=2)
-    assert dict(os.environ) == before
-    assert not [o for o in set(Path('/tmp').glob('qisal-*')) - left if (o/'kernel.json').exists() and str(os.getpid()) in o.name]
+    assert dict(os.environ) == before and not private(out).exists()
+
+def private(out):
+    return Path(R.tempfile.gettempdir())/f'qisal-{os.getuid()}-{R._sha(str((out/".locks"/f"{SPEC.run_id}.lock").resolve()))[:12]}'
+
+def test_what_a_killed_run_left_in_the_temporary_folder_is_cleared(tmp_path, out, template):
+    notes = tmp_path/'notes'
+    with command(run_cmd(tmp_path, out, template), notes, 'start') as p:
+        until(lambda: pids(notes, 'start'))
+        assert private(out).stat().st_mode & 0o777 == 0o700 and (private(out)/'kernel.json').exists()
+        p.kill()
+        p.wait()
+    assert private(out).exists()
+    R.run_one(SPEC, out, template)
+    assert not private(out).exists()
+
+def test_sockets_lie_in_the_private_folder_and_nowhere_else(tmp_path, out, data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    t = make_template(tmp_path/'t.ipynb', "from ipykernel.kernelapp import IPKernelApp\napp = IPKernelApp.instance()\n(here/'where.json').write_text(json.dumps([app.transport, app.ip, os.listdir('.')]))", data=data)
+    R.run_one(SPEC, out, t)
+    transport, ip, files = read_json(folder(out)/'where.json')
+    assert transport == 'ipc' and ip == f'{private(out)}/ipc' and len(ip) < 100 and not [o for o in files if 'ipc' in o]
+
+def test_worker_that_dies_is_shown_as_failed(tmp_path, out, data):
+    t = make_template(tmp_path/'t.ipynb', "if bits == '4':\n    import signal\n    os.kill(os.getppid(), signal.SIGKILL)\n    time.sleep(60)", data=data)
+    specs = R.grid('smoke', bits=['4', '32'], guided=['off'], epochs=1)
+    df = R.run_study(specs, out, 1, template=t, say=lambda o: None).set_index('bits')
+    assert df.status.to_dict() == {'32': 'done', '4': 'failed'} and 'signal 9' in df.error['4']
+    assert read_json(folder(out, specs[0])/'error.json')['type'] == 'ProcessDied'
 
 
 # ---------------------------------------------------------------- templates and grids
