@@ -49,7 +49,7 @@ def pact(
     "PACT activation quantizer (arXiv 1805.06085, equations 1 to 3) with its straight-through gradients for `x` and `alpha`."
     return _PACTFunction.apply(x, alpha, bits)
 
-# %% ../nbs/03_quant.ipynb #b1172028
+# %% ../nbs/03_quant.ipynb #7405b96a
 ALPHA_MIN = 1e-3  # smallest clipping level; far below any activation of a working network
 
 class PACT(nn.ReLU):
@@ -62,10 +62,11 @@ class PACT(nn.ReLU):
         _init_pact(self, bits, alpha, None)
 
     def forward(self, x):
-        if self.training: self._bound()
+        self.bound()
         return pact(_plain(x), self.alpha, self.bits)
 
-    def _bound(self):
+    def bound(self):
+        "Put alpha back to `ALPHA_MIN` if it is below, and remember that in `touched`."
         low = self.alpha.data < ALPHA_MIN
         self.touched |= low
         self.alpha.data.clamp_(min=ALPHA_MIN)  # `.data`: a second forward before backward must not see a changed version

@@ -17,7 +17,7 @@ from qisal.callback.pact import PACTCallback
 from qisal.core import BadInput, set_seed
 from qisal.data import get_dls
 from qisal.models import lenet5, resnet20, small_cnn
-from qisal.quant import PACT, pacts, quant_layers
+from qisal.quant import ALPHA_MIN, PACT, pacts, quant_layers
 
 
 def make(tmp_path, cbs=None, model=None, **kw):
@@ -274,3 +274,15 @@ def test_module_without_relu_reads_floats_only_on_purpose(tmp_path):
     with pytest.raises(BadInput, match='2 .Linear. reads a signed value'): make(tmp_path, pact(), model=model)
     learn = make(tmp_path, pact(overrides={'2': (8, 32)}), model=model)
     assert quant_layers(learn.model)['2'].a_bits == 32 and quant_layers(learn.model)['2'].w_bits == 8
+
+
+def test_alpha_is_never_left_below_its_bound(tmp_path):
+    "A step that is far too large can't leave a negative alpha behind, not even the last one before a save."
+    learn = make(tmp_path, pact(alpha_lr=.5, alpha_decay=1.))
+    seen = []
+
+    class See(Callback):
+        def after_step(self): seen.append(min(alphas(self.learn)))
+    learn.fit(1, 1e-3, cbs=See())
+    assert min(seen) >= ALPHA_MIN*.999 and min(seen) < 2*ALPHA_MIN
+    assert learn.pact.alphas().touched.any()

@@ -83,7 +83,7 @@ def _drop_group(opt):
     else: opt.param_lists, opt.hypers = L(opt.param_lists[1:]), L(opt.hypers[1:])
     opt.__class__ = type(opt).__mro__[2]
 
-# %% ../../nbs/04_callback.pact.ipynb #5014aae4
+# %% ../../nbs/04_callback.pact.ipynb #15d7d06d
 class PACTCallback(Callback):
     "Quantization-aware training: PACT activations (arXiv 1805.06085) and SAWB (arXiv 1807.06964) or DoReFa weights. `learn.pact` after it is added."
     order, name = -5, 'pact'  # after TrainEvalCallback (-10) has moved the model to its device
@@ -106,7 +106,7 @@ class PACTCallback(Callback):
         check_range('alpha_decay', alpha_decay, 0)
         if alpha_lr is not None: check_range('alpha_lr', alpha_lr, 0)
         self.kwargs = dict(weight_quantizer=weight_quantizer, per_channel=per_channel, alpha_init=alpha_init, overrides=overrides)
-        self.alpha_decay, self.alpha_lr, self.qmodel, self.qdls = alpha_decay, alpha_lr, None, None
+        self.alpha_decay, self.alpha_lr, self.qmodel, self.qdls, self._pacts = alpha_decay, alpha_lr, None, None, []
 
     @classmethod
     def from_bits(cls, name:str, first_last_bits:int|None=8, **kwargs):
@@ -121,7 +121,10 @@ class PACTCallback(Callback):
         if self.qmodel is not self.learn.model: self._convert()
         if self.learn.opt is not None: self._add_group(self.learn.opt)
 
-# %% ../../nbs/04_callback.pact.ipynb #21f73544
+    def after_step(self):
+        for m in self._pacts: m.bound()
+
+# %% ../../nbs/04_callback.pact.ipynb #2601f5bb
 def _one_batch(dls):
     "The images of one validation batch (training, where there is no validation), without moving any random generator."
     with no_random():
@@ -135,7 +138,7 @@ def _convert(self:PACTCallback):
     xb = _one_batch(learn.dls)
     xb = xb.to(next(learn.model.parameters()).device)
     convert(learn.model, self.policy, xb, input_range=getattr(learn.dls.train, 'input_range', None), **self.kwargs)
-    self.qmodel, self.qdls = learn.model, learn.dls
+    self.qmodel, self.qdls, self._pacts = learn.model, learn.dls, list(pacts(learn.model).values())
     if not isinstance(learn.opt_func, OptimWrapper):
         base = getattr(learn.opt_func, 'wrapped_by_pact', learn.opt_func)
         learn.opt_func = partial(_make_opt, self, base, **getattr(base, 'keywords', {}))
@@ -145,7 +148,7 @@ def _convert(self:PACTCallback):
 def _make_opt(cb, base, params, **kwargs): return cb._add_group(base(params, **kwargs))
 
 @patch
-def _add_group(self:PACTCallback, opt): return add_alpha_group(opt, [m.alpha for m in pacts(self.qmodel).values()], self.alpha_decay, self.alpha_lr)
+def _add_group(self:PACTCallback, opt): return add_alpha_group(opt, [m.alpha for m in self._pacts], self.alpha_decay, self.alpha_lr)
 
 # %% ../../nbs/04_callback.pact.ipynb #410e119a
 @torch.no_grad()
