@@ -17,12 +17,16 @@ PY := $(BIN)/python
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 
 # A .venv that was copied or moved from another folder points to where it came from: make it anew.
-MOVED := $(shell [ -e .venv/.ready ] && [ "$$(cat .venv/.ready)" != "$$(pwd)" ] && echo rebuild)
+MOVED := $(shell [ -e .venv/.ready ] && [ "$$(sed -n 1p .venv/.ready)" != "$$(pwd)" ] && echo rebuild)
+
+# What the environment is made from. The stamp holds its checksum: nbdev and git touch these files without changing them.
+MADE_FROM := cat settings.ini constraints.txt setup.py pyproject.toml | cksum
+STALE := $(shell [ -e .venv/.ready ] && [ "$$(sed -n 2p .venv/.ready)" != "$$($(MADE_FROM))" ] && echo refresh)
 
 # What a test sees: the tools of .venv first, one thread a process (two processes at a time).
 TESTENV := PATH="$$PWD/$(BIN):$$PATH" OMP_NUM_THREADS=1
 
-.PHONY: study setup test browser check notebooks unit wheel readme lock clean distclean rebuild
+.PHONY: study setup test browser check notebooks unit wheel readme lock clean distclean rebuild refresh
 .DEFAULT_GOAL := study
 
 study: setup
@@ -32,7 +36,7 @@ setup: .venv/.ready
 	@:
 
 # The stamp is written last. `.installing` stands while pip works: an installation that was cut off is started over.
-.venv/.ready: settings.ini constraints.txt setup.py pyproject.toml $(MOVED)
+.venv/.ready: $(MOVED) $(STALE)
 	@set -e; \
 	if [ -e .venv/.installing ] || [ -n "$(MOVED)" ]; then echo "Starting .venv over."; rm -rf .venv; fi; \
 	if [ ! -x $(PY) ] || ! $(PY) -m pip --version >/dev/null 2>&1; then \
@@ -51,9 +55,9 @@ setup: .venv/.ready
 	touch .venv/.installing; \
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt torch torchvision -e '.[dev]' \
 	  || { echo "The installation failed (see above); 'make' starts it over." >&2; exit 1; }; \
-	pwd > .venv/.ready.part; rm .venv/.installing; mv .venv/.ready.part .venv/.ready
+	{ pwd; $(MADE_FROM); } > .venv/.ready.part; rm .venv/.installing; mv .venv/.ready.part .venv/.ready
 
-rebuild:
+rebuild refresh:
 
 # The report is looked at in a real browser. As root on Debian it is fetched; elsewhere it must be there.
 browser:
