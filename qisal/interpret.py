@@ -7,13 +7,16 @@ __all__ = ['WIDTH', 'BITS_FALLING', 'series_styles', 'to_picture', 'robust_scale
            'plot_saliency_grid', 'overlay', 'plot_alphas', 'accuracy_by_setting', 'plot_accuracy_vs_bits',
            'plot_history', 'SaliencyInterpretation']
 
-# %% ../nbs/08_interpret.ipynb #45b5f6a9
+# %% ../nbs/08_interpret.ipynb #b7516789
+import math
+
 import numpy as np, pandas as pd, torch
 
 from .core import BITS, BadInput, check_in, check_range
 from .data import DataLoader, ResidentDL
 from .metrics import mean_interval, wilson_interval
 from .saliency import attribute, feature_saliency
+from fastai.callback.progress import ProgressCallback  # gives Learner its no_bar
 from fastai.interpret import ClassificationInterpretation
 
 # %% ../nbs/08_interpret.ipynb #4cdfcab2
@@ -99,7 +102,7 @@ def history_table(
     if not len(out) or len(out.columns) < 2: raise BadInput("the history is empty; give a row an epoch with at least one value.")
     return out
 
-# %% ../nbs/08_interpret.ipynb #b1ab500d
+# %% ../nbs/08_interpret.ipynb #70fe1a68
 def _is_control(name, df): return df.attrs.get('attribution', name) == 'random' or str(name).startswith('random')
 
 def _curve_axes(ax, curves, title):
@@ -120,7 +123,7 @@ def plot_masking_curves(
     if not curves: raise BadInput("there are no curves to draw; give a dict of name -> masking curve.")
     for name, df in curves.items():
         if not {'frac', 'accuracy'} <= set(df.columns): raise BadInput(f"curve {name!r} has columns {list(df.columns)}; it needs frac and accuracy.")
-    fig, axs = _figure(4.8)
+    fig, axs = _figure(4.4 + .22*math.ceil(len(curves)/3))
     controls = [k for k, df in curves.items() if _is_control(k, df)]
     styles = dict(zip((k for k in curves if k not in controls), series_styles(len(curves))))
     for i, k in enumerate(controls): styles[k] = dict(color='.45', linestyle='--', marker='x+12'[i % 4], markersize=7, linewidth=1.5)
@@ -221,7 +224,7 @@ def overlay(
     fig.suptitle(title, fontsize=13)
     return fig
 
-# %% ../nbs/08_interpret.ipynb #a875792c
+# %% ../nbs/08_interpret.ipynb #be4b080e
 def plot_alphas(
     df:pd.DataFrame, # Columns layer, bits, alpha, clipped (share, 0 to 1), and perhaps touched: what `PACTCallback.alphas()` returns
     title:str='Learned clipping levels', # Title
@@ -234,7 +237,7 @@ def plot_alphas(
     (left, right), y = axs[0], np.arange(len(df))
     touched = df.touched.to_numpy(bool) if 'touched' in df else np.zeros(len(df), bool)
     left.hlines(y, 0, df.alpha, color=style['color'], linewidth=2)
-    for mask, marker in ((~touched, 'o'), (touched, 'X')): left.plot(df.alpha[mask], y[mask], marker, color=style['color'], markersize=9)
+    for mask, marker in ((~touched, 'o'), (touched, 'X')): left.plot(df.alpha[mask], y[mask], marker, color=style['color'], markersize=9, clip_on=False, zorder=3)
     for i, (a, b) in enumerate(zip(df.alpha, df.bits)): left.annotate(f'{a:.2f},  {b} bit', (a, i), (9, 0), textcoords='offset points', va='center', fontsize=10)
     right.barh(y, df.clipped, height=.55, color='.55')
     for i, c in enumerate(df.clipped): right.annotate(f'{c:.1%}', (c, i), (4, 0), textcoords='offset points', va='center', fontsize=10)
@@ -243,6 +246,7 @@ def plot_alphas(
     _percent(right.xaxis)
     left.set(yticks=y, yticklabels=df.layer, xlim=(0, max(df.alpha.max()*1.45, 1e-6)), ylim=(len(df) - .4, -.6))
     right.set_xlim(0, max(df.clipped.max()*1.35, .01))
+    fig.get_layout_engine().set(wspace=.06)
     right.xaxis.get_major_locator().set_params(nbins=4)
     fig.suptitle(title, fontsize=13)
     return fig

@@ -165,6 +165,29 @@ def test_leaves_no_trace(attribution):
     assert torch.equal(torch.get_rng_state(), rng[0]) and (np.random.get_state()[1] == rng[1]).all() and random.getstate() == rng[2]
 
 
+def test_callables_get_seeded_chance_and_leave_none():
+    net, (x, y) = small_net(), small_data(n=200)
+    def noise(model, xb, yb): return torch.rand_like(xb)*float(np.random.rand())*random.random() + torch.from_numpy(np.random.rand(*xb.shape)).float()
+    rng = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    a = masking_curve(net, (x, y), noise)
+    np.random.rand(), random.random(), torch.rand(1)
+    pd.testing.assert_frame_equal(a, masking_curve(net, (x, y), noise))
+    torch.set_rng_state(rng[0]), random.setstate(rng[2])
+    np.random.seed(5)
+    want = np.random.get_state()
+    masking_curve(net, (x, y), noise, fracs=(0, .5))
+    got = np.random.get_state()
+    assert (got[1] == want[1]).all() and got[2] == want[2] and torch.equal(torch.get_rng_state(), rng[0]) and random.getstate() == rng[2]
+
+
+def test_road_does_not_depend_on_the_rest_of_the_batch():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 1, 20, 20, generator=g)*10
+    mask = pixel_rank(torch.rand(6, 20, 20, generator=g)) < torch.tensor([4, 40, 80, 160, 320, 399]).view(6, 1, 1)  # easy to hard
+    together = road_fill(x, mask, noise=0)
+    for i in range(6): assert torch.allclose(road_fill(x[i:i+1], mask[i:i+1], noise=0)[0], together[i], atol=1e-6, rtol=0)
+
+
 def test_modes_come_back_after_an_error():
     net, (x, y) = small_net(), small_data()
     net.train()
