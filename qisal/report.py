@@ -119,7 +119,7 @@ def _labels(specs)->list: # A name for each spec's setting
         res.append(', '.join([bits_name(s['bits']), *(['guided'] if s['guided'] else []), *(f"{k} {' '.join(v) if isinstance(v := own[k], list) else v}" for k in differs)]))
     return res
 
-# %% ../nbs/12_report.ipynb #5d434661
+# %% ../nbs/12_report.ipynb #2a9666e7
 def _interval(g)->dict:
     "Mean, 95 % interval, its basis and the spread of a setting's runs."
     from qisal.metrics import mean_interval, wilson_interval
@@ -156,6 +156,8 @@ def run_command(
     import shlex
     spec = lambda o: shlex.quote(f'{_place(study)}/runs/{o}/spec.json')
     if len(run_ids) == 1: return f'qisal run --spec {spec(run_ids[0])} --out again'
+    stems, seeds = zip(*(o.rpartition('-s')[::2] for o in run_ids))
+    if len(set(stems)) == 1 and all(o.isdigit() for o in seeds): return f'for s in {" ".join(seeds)}; do qisal run --spec {shlex.quote(_place(study))}/runs/{stems[0]}-s$s/spec.json --out again; done'
     return f'for i in {" ".join(run_ids)}; do qisal run --spec {shlex.quote(_place(study))}/runs/$i/spec.json --out again; done'
 
 # %% ../nbs/12_report.ipynb #cb6b2b1c
@@ -248,7 +250,7 @@ def _spelled(d)->str:
     if math.isnan(d.low): return f'{_points(d["mean"])} points ({where}; no interval)'
     return f'{_points(d["mean"])} points ({where}; 95 % interval {_points(d.low)} to {_points(d.high)})'
 
-# %% ../nbs/12_report.ipynb #9c1bb4b9
+# %% ../nbs/12_report.ipynb #d6f265d8
 _CLAIMS = (  # name, source, claim, what is compared, `differences` of what, which rows, which column, which test, words for (yes, no)
     ('kept', 'QIL', 'Quantized and guided networks keep the accuracy of the plain float network.', 'Accuracy, quantized and guided, minus accuracy of the float network without guidance.', 'plain', lambda t: t[(t.bits != '32') & t.guided], 'accuracy', 'kept', ('kept within one point', 'more than one point lower')),
     ('guidance', 'QIL', 'Guidance itself costs no accuracy.', 'Accuracy with guidance minus accuracy without, at equal bits.', 'guidance', lambda t: t, 'accuracy', 'kept', ('kept within one point', 'more than one point lower')),
@@ -262,13 +264,27 @@ def _verdict(study, claim)->dict:
     d = rows(differences(study, against, value))
     d = d.assign(finding=[_judge(o, test) for o in d.itertuples()])
     yes, no = (int((d.finding == o).sum()) for o in ('yes', 'no'))
-    said = [f'{words[0]} in {yes}'] + ([f'{words[1]} in {no}'] if no else []) + ([f'open in {len(d) - yes - no}'] if yes + no < len(d) else [])
-    found = 'This study has no runs to compare.'
+    said = [f'{words[0]} in {yes} of {len(d)} comparison{"s"*(len(d) > 1)}'] + ([f'{words[1]} in {no}'] if no else []) + ([f'open in {len(d) - yes - no}'] if yes + no < len(d) else [])
+    found, word = 'This study has no runs to compare.', _word(yes, no, len(d))
     if len(d):
         lowest, highest = d.loc[d['mean'].idxmin()], d.loc[d['mean'].idxmax()]
-        found = f"Of {len(d)} comparison{'s' * (len(d) > 1)}: {', '.join(said)}. "
-        found += f'It was {_spelled(lowest)}.' if len(d) == 1 else f'From {_spelled(lowest)} to {_spelled(highest)}.'
-    return dict(name=name, source=source, claim=text, compared=compared, verdict=_word(yes, no, len(d)), text=found, caveat=_caveat(d), evidence=d)
+        found = f"{'The accuracy' if value == 'accuracy' else 'The accuracy left'} is {', '.join(said)}. "
+        found += f'The difference is {_spelled(lowest)}.' if len(d) == 1 else f'The differences go from {_spelled(lowest)} to {_spelled(highest)}.'
+        if value != 'accuracy':
+            note, agree = _gap_note(study, against, 'grows' if test == 'lower' else 'shrinks')
+            found += note
+            if word == 'holds here' and not agree: word = 'holds by one measure'
+    return dict(name=name, source=source, claim=text, compared=compared, verdict=word, text=found, caveat=_caveat(d), evidence=d)
+
+def _gap_note(study, against, want)->tuple: # (sentence, do all comparisons agree?)
+    "In how many comparisons the gap to the random control went the way of the claim; a count without intervals."
+    res, agree = [], True
+    for column, fill in (('gap', 'constant fill'), ('road_gap', 'ROAD')):
+        d = differences(study, against, column)['mean'].dropna()
+        k = int((d > 0).sum() if want == 'grows' else (d < 0).sum())
+        if len(d): res.append(f'{k} of {len(d)} with {fill}')
+        agree &= k == len(d)
+    return f' The gap to the random order, which takes out what masking does to any network, {want} in {" and in ".join(res)}.' if res else '', agree
 
 def _caveat(d)->str:
     "What the intervals of these comparisons don't cover."
@@ -368,19 +384,20 @@ def _panels(study, dataset, fill=None)->list: # (title, curves)
     c = c[c.attribution.isin([*mains, 'random'])].assign(policy=c.label.str.replace(', guided', ''))
     return [(f'{name}', g) for name, g in c.groupby('policy', sort=False)]
 
-# %% ../nbs/12_report.ipynb #6e267b94
-def _canvas(n, width=3.7, height=2.75, columns=4):
-    "A figure without pyplot and `n` axes in rows of at most `columns`."
-    from matplotlib.figure import Figure
+# %% ../nbs/12_report.ipynb #c1143093
+def _canvas(n, width=3.7, height=2.75, columns=4, layout='constrained'):
+    "A figure that pyplot has let go of, and `n` axes in rows of at most `columns`."
+    import matplotlib.pyplot as plt
     cols = min(n, columns)
-    fig = Figure(figsize=(width*cols, height*-(-n//cols)), dpi=100, layout='constrained')
+    fig = plt.figure(figsize=(width*cols, height*-(-n//cols)), dpi=100, layout=layout)
+    plt.close(fig)
     axs = fig.subplots(-(-n//cols), cols, squeeze=False).flatten()
     for ax in axs[n:]: ax.set_visible(False)
     return fig, axs[:n]
 
 def _legend(fig, axs):
     handles = {label: h for ax in axs for h, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=min(len(handles), 4), fontsize=9.5, frameon=False, handlelength=3)
+    fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=min(len(handles), 4 if fig.get_figwidth() > 7 else 2), fontsize=9.5, frameon=False, handlelength=3)
     return fig
 
 def plot_accuracy(
@@ -399,8 +416,12 @@ def plot_masking(
     "Masking curves with their random controls, guided against unguided."
     panels = [(f'{dataset_name(d)}, {title}', c) for d in study.table.dataset.unique() for title, c in _panels(study, d, fill)]
     if not panels: raise BadInput(f"The runs in '{Path(study.folder).name}' hold no masking curves{f' with fill {fill}' if fill else ''}; measure some (attributions).")
-    fig, axs = _canvas(len(panels), columns=max(len(_panels(study, d, fill)) for d in study.table.dataset.unique()))
-    for ax, (title, c) in zip(axs, panels): _masking_panel(ax, c, title)
+    cols = min(4, max(len(_panels(study, d, fill)) for d in study.table.dataset.unique()))
+    fig, axs = _canvas(len(panels), 2.6, 2.4, cols)
+    for i, (ax, (title, c)) in enumerate(zip(axs, panels)):
+        _masking_panel(ax, c, title)
+        if i % cols: ax.set_ylabel('')
+        if i + cols < len(panels): ax.set_xlabel('')
     return _legend(fig, axs)
 
 # %% ../nbs/12_report.ipynb #11c227c3
@@ -491,7 +512,7 @@ def saliency_grid(
         res.append(dict(src=_png(img[..., 0] if img.shape[2] == 1 else img), true=name(true), cells=cells))
     return dict(columns=[o for o, _ in cols], rows=res, notes=notes)
 
-# %% ../nbs/12_report.ipynb #ba023907
+# %% ../nbs/12_report.ipynb #edd537c6
 def _num(v, digits=2, factor=1., sign=False)->dict:
     "A number as a cell; a dash where there is none."
     if v is None or (isinstance(v, float) and math.isnan(v)): return dict(text='–', cls='n')
@@ -510,10 +531,11 @@ def _accuracy_tables(study)->list:
     res = []
     for d, g in acc.groupby('dataset', sort=False):
         digits = 2 if g.n_test.max() >= 1000 else 1
-        rows = [[_cell(r.label, 'h'), _num(r.accuracy, digits, 100), _span(r.low, r.high, digits), _num(r.sd, digits, 100), _num(r.seeds, 0), _num(r.n_test, 0), _num(r.seconds, 0), _cell(r.command, 'code')] for r in g.itertuples()]
+        several = g.seeds.max() > 1
+        rows = [[_cell(r.label, 'h'), _num(r.accuracy, digits, 100), _span(r.low, r.high, digits), *([_num(r.sd, digits, 100)] if several else []), _num(r.seeds, 0), _num(r.n_test, 0), _num(r.seconds, 0), _cell(r.command, 'code')] for r in g.itertuples()]
         basis = dict(seeds='Student’s, over seeds', images='Wilson’s, for other test images; one seed says nothing about another training')
         note = 'Interval: ' + '; '.join(v for k, v in basis.items() if k in set(g.basis)) + '. Give the commands where the study’s folder lies.'
-        res.append(_table(f'{dataset_name(d)}: accuracy on the test set', ['setting', '>accuracy / %', '>95 % interval / %', '>std. dev. / points', '>seeds', '>test images', '>time / s', 'command that reproduces it'], rows, note))
+        res.append(_table(f'{dataset_name(d)}: accuracy on the test set', ['setting', '>accuracy / %', '>95 % interval / %', *(['>std. dev. / points'] if several else []), '>seeds', '>test images', '>time / s', 'command that reproduces it'], rows, note))
     return res
 
 # %% ../nbs/12_report.ipynb #7967d64f
@@ -534,7 +556,7 @@ def _difference_table(v)->dict|None:
     rows = [[_cell(dataset_name(r.dataset)), _cell(r.label, 'h'), _num(d['mean'][r.Index], 2, 100, True), _cell('–' if math.isnan(r.low) else f'{_points(r.low, 2)} to {_points(r.high, 2)}', 'n'), _num(r.seeds, 0), _cell(word[r.finding])] for r in d.itertuples()]
     return _table(v['compared'], ['dataset', 'setting', '>difference / points', '>95 % interval', '>seeds', 'finding'], rows)
 
-# %% ../nbs/12_report.ipynb #2359ac58
+# %% ../nbs/12_report.ipynb #fc4474cf
 def _alpha_table(study, dataset)->dict|None:
     "Clipping levels: a row a setting, a column a layer; means over the seeds."
     import pandas as pd
@@ -549,7 +571,7 @@ def _alpha_table(study, dataset)->dict|None:
         def cell(o):
             if o not in per: return _num(None)
             a, clipped, touched = per[o].alpha.mean(), per[o].clipped.mean(), per[o].touched.astype(bool).any()
-            return _cell(f"{a:.3g}{'†' if touched else ''} ({'–' if math.isnan(clipped) else f'{100*clipped:.1f} %'})", 'n')
+            return _cell(f"{a:{'.2f' if a >= .1 else '.2g'}}{'†' if touched else ''} ({'–' if math.isnan(clipped) else f'{100*clipped:.1f} %'})", 'n')
         rows.append([_cell(g.label.iloc[0], 'h'), *[cell(o) for o in layers]])
     bound = df[df.touched.astype(bool)]
     note = 'In brackets: the share of the activations that alpha clips. '
@@ -612,7 +634,7 @@ def _data_table(study)->dict|None:
         for array, sha in (o['metrics'].get('data') or {}).items(): seen[name, str(array), str(sha)] = None
     return _table('SHA-256 of the pixel and label arrays', ['data', 'array', 'SHA-256'], [[_cell(d, 'h'), _cell(a), _cell(s, 'code one')] for d, a, s in seen]) if seen else None
 
-# %% ../nbs/12_report.ipynb #aa1a56a0
+# %% ../nbs/12_report.ipynb #1d3f38b3
 _CSS = """
 :root{--paper:#fdfdfb;--ink:#1d1f21;--soft:#5d6268;--faint:#80868c;--line:#dedfda;--tint:#f3f3ee;--plain:#0173b2;--guided:#c56a00;--bad:#a4262c;
 --sans:ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;--serif:Charter,"Bitstream Charter","Iowan Old Style","Palatino Linotype",Georgia,serif;--mono:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;color-scheme:light dark}
@@ -620,7 +642,7 @@ _CSS = """
 *{box-sizing:border-box}
 html{scroll-behavior:smooth;-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);font:1.0625rem/1.6 var(--serif)}
-.page{max-width:76rem;margin:0 auto;padding:2.5rem 1.25rem 5rem;display:grid;grid-template-columns:minmax(0,1fr);gap:0 4rem}
+.page{max-width:80rem;margin:0 auto;padding:2.5rem 1.25rem 5rem;display:grid;grid-template-columns:minmax(0,1fr);gap:0 3.5rem}
 main,header,footer{min-width:0}
 h1{font-size:clamp(1.9rem,5vw,2.7rem);line-height:1.15;margin:.2rem 0 .8rem;font-weight:600;letter-spacing:-.01em;overflow-wrap:anywhere}
 h2{font-size:1.5rem;line-height:1.25;margin:3.5rem 0 .75rem;font-weight:600;scroll-margin-top:1rem}
@@ -640,6 +662,7 @@ nav{font-size:.88rem;margin:1.5rem 0 0}nav ol{list-style:none;margin:.4rem 0 0;p
 .box{overflow-x:auto;margin:1.2rem 0 .4rem;-webkit-overflow-scrolling:touch}
 table{border-collapse:collapse;font-size:.86rem;line-height:1.4;min-width:100%}
 caption{text-align:left;font-weight:600;padding:0 0 .5rem;font-size:.9rem}
+caption span{position:sticky;left:0;display:inline-block;max-width:min(44rem,calc(100vw - 2.5rem))}
 thead th{font-weight:500;color:var(--soft);text-align:left;vertical-align:bottom;border-bottom:1px solid var(--ink);border-top:1px solid var(--ink)}
 th,td{padding:.36rem .9rem .36rem 0;vertical-align:top}
 th:last-child,td:last-child{padding-right:0}
@@ -647,11 +670,11 @@ tbody tr{border-bottom:1px solid var(--line)}tbody tr:last-child{border-bottom:1
 tbody th{font-weight:500;text-align:left;white-space:nowrap}
 .n{text-align:right!important;font-variant-numeric:tabular-nums;white-space:nowrap}
 .wrap{min-width:16rem;overflow-wrap:anywhere}
-.code{font:.76rem/1.45 var(--mono);color:var(--soft);min-width:19rem;overflow-wrap:anywhere}.one{white-space:nowrap}
+.code{font:.76rem/1.45 var(--mono);color:var(--soft);min-width:18rem;overflow-wrap:anywhere}.one{white-space:nowrap}
 code{font-family:var(--mono);font-size:.86em;overflow-wrap:anywhere}
 """
 
-# %% ../nbs/12_report.ipynb #0c1b07d2
+# %% ../nbs/12_report.ipynb #090f826c
 _CSS_MORE = """
 .verdicts{list-style:none;margin:1.2rem 0 0;padding:0}.verdicts>li{max-width:none;padding:1.1rem 0 1rem;border-top:1px solid var(--line)}.verdicts>li:last-child{border-bottom:1px solid var(--line)}
 .verdicts h3{margin:0 0 .3rem;max-width:44rem}.verdicts p{margin:.3rem 0}
@@ -660,8 +683,8 @@ _CSS_MORE = """
 details{margin:.5rem 0}summary{cursor:pointer;font-size:.86rem;color:var(--soft)}summary:hover{color:var(--ink)}
 figure{margin:1.4rem 0}
 .panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,17.5rem),1fr));gap:1.2rem 1.4rem;max-width:66rem}
-.panels.few{max-width:42rem}
-svg.plot{display:block;width:100%;height:auto;color:var(--ink);max-width:30rem}
+.panels.one{max-width:25rem}.panels.two{max-width:46rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
+svg.plot{display:block;width:100%;height:auto;color:var(--ink)}
 .legend{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem;font-size:.84rem;color:var(--soft);margin:0 0 .8rem;padding:0;list-style:none}
 .legend svg{width:2.4rem;height:.8rem;vertical-align:middle;margin-right:.4rem;overflow:visible}
 .maps{min-width:0}.maps th,.maps td{padding:.15rem .35rem .15rem 0;text-align:center;border:0}.maps tbody tr{border:0}.maps thead th{font-size:.76rem;width:5rem;padding-bottom:.4rem;border-top:0}
@@ -670,7 +693,7 @@ svg.plot{display:block;width:100%;height:auto;color:var(--ink);max-width:30rem}
 .maps small{display:block;height:1.05rem;font-size:.72rem;line-height:1.05rem;color:var(--bad);white-space:nowrap;overflow:hidden;max-width:4.4rem}
 .pairs{font-family:var(--sans);font-size:.88rem;display:grid;grid-template-columns:minmax(6rem,9rem) minmax(0,1fr);margin:1rem 0;border-top:1px solid var(--ink);border-bottom:1px solid var(--ink)}
 .pairs dt,.pairs dd{margin:0;padding:.4rem .9rem .4rem 0;border-bottom:1px solid var(--line);overflow-wrap:anywhere;max-width:none}.pairs dt{color:var(--soft)}.pairs>:nth-last-child(-n+2){border-bottom:0}
-.alarm{border-left:3px solid var(--bad);padding:.1rem 0 .1rem 1rem}
+.remark{border-left:3px solid var(--faint);padding:.1rem 0 .1rem 1rem}
 .down a{display:inline-block;margin:0 1.2rem .5rem 0}
 footer{margin-top:4rem;padding-top:1rem;border-top:1px solid var(--line);font-size:.82rem;color:var(--soft)}
 @media (min-width:70rem){.page{grid-template-columns:minmax(0,1fr) 13rem}header,main,footer{grid-column:1}nav{grid-column:2;grid-row:1/span 3;margin:0}nav>div{position:sticky;top:2.5rem}nav ol{columns:1}}
@@ -679,11 +702,11 @@ footer{margin-top:4rem;padding-top:1rem;border-top:1px solid var(--line);font-si
 @media print{:root{--paper:#fff;--ink:#000;--soft:#333;--faint:#777;--line:#ccc;--tint:#fff;--plain:#0173b2;--guided:#b35f00}body{font-size:10pt}.page{display:block;padding:0;max-width:none}nav,.down{display:none}.box{overflow:visible}table{font-size:7.5pt}.code{min-width:0}h2,h3,caption{break-after:avoid}figure,tr,.verdicts>li{break-inside:avoid}details>*{display:block}}
 """
 
-# %% ../nbs/12_report.ipynb #cd7619f0
+# %% ../nbs/12_report.ipynb #cd3278fe
 _MACROS = """
 {% macro cell(c, tag) %}<{{ tag }}{% if c.cls %} class="{{ c.cls }}"{% endif %}{{ ' scope=row' if tag == 'th' }}>{{ c.text }}</{{ tag }}>{% endmacro %}
 {% macro table(t) %}{% if t %}
-<div class="box" role="region" tabindex="0" aria-label="{{ t.caption }}"><table><caption>{{ t.caption }}</caption>
+<div class="box" role="region" tabindex="0" aria-label="{{ t.caption }}"><table><caption><span>{{ t.caption }}</span></caption>
 <thead><tr>{% for h in t.head %}<th scope="col"{% if h.cls %} class="{{ h.cls }}"{% endif %}>{{ h.text }}</th>{% endfor %}</tr></thead>
 <tbody>{% for r in t.rows %}<tr>{% for c in r %}{{ cell(c, 'th' if c.cls == 'h' else 'td') }}{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
@@ -693,7 +716,7 @@ _MACROS = """
 <li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M0 6H38" stroke="var(--guided)" stroke-width="2" stroke-dasharray="7 4"/><rect x="15" y="2" width="8" height="8" fill="var(--paper)" stroke="var(--guided)" stroke-width="2"/></svg>with guidance</li>
 {% if random %}<li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M0 6H38" stroke="var(--faint)" stroke-width="1.5"/><circle cx="19" cy="6" r="2.5" fill="var(--faint)"/></svg>random order, without</li>
 <li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M0 6H38" stroke="var(--faint)" stroke-width="1.5" stroke-dasharray="7 4"/><rect x="16.5" y="3.5" width="5" height="5" fill="var(--paper)" stroke="var(--faint)" stroke-width="1.5"/></svg>random order, with</li>{% endif %}</ul>{% endmacro %}
-{% macro figure(f) %}<figure>{{ legend(f.random) }}<div class="panels{{ ' few' if f.svgs|length < 3 }}">{% for s in f.svgs %}{{ s|safe }}{% endfor %}</div><figcaption>{{ f.caption }}</figcaption></figure>{% endmacro %}
+{% macro figure(f) %}<figure>{{ legend(f.random) }}<div class="panels{{ ' one' if f.svgs|length == 1 else ' two' if f.svgs|length in (2, 4) }}">{% for s in f.svgs %}{{ s|safe }}{% endfor %}</div><figcaption>{{ f.caption }}</figcaption></figure>{% endmacro %}
 {% macro grid(g) %}<h3>{{ g.name }}</h3>{% if g.rows %}<div class="box" role="region" tabindex="0" aria-label="Saliency maps, {{ g.name }}"><table class="maps">
 <thead><tr><td></td><th scope="col">image</th>{% for c in g.columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead>
 <tbody>{% for r in g.rows %}<tr><th scope="row">{{ r.true }}</th><td><img src="{{ r.src }}" alt="Test image of class {{ r.true }}" width="70" height="70"><small></small></td>
@@ -701,7 +724,7 @@ _MACROS = """
 {% endfor %}</tbody></table></div>{% endif %}{% for n in g.notes %}<p class="note">{{ n }}</p>{% endfor %}{% endmacro %}
 """
 
-# %% ../nbs/12_report.ipynb #4fc09af9
+# %% ../nbs/12_report.ipynb #8e58c50b
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark"><title>{{ title }}</title><link rel="icon" href="data:,"><style>{{ css|safe }}</style></head>
 <body><div class="page"><header><p class="kicker">qisal study</p><h1>{{ title }}</h1>
@@ -709,7 +732,7 @@ _PAGE = """<!DOCTYPE html>
 <dl class="facts">{% for k, v in facts %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>{% endfor %}</dl></header>
 <nav aria-label="Contents"><div><p>Contents</p><ol>{% for id, name in toc %}<li><a href="#{{ id }}">{{ name }}</a></li>{% endfor %}</ol></div></nav>
 <main>
-{% if alarm %}<p class="alarm">{{ alarm }}</p>{% endif %}
+{% if alarm %}<p class="remark">{{ alarm }}</p>{% endif %}
 {% if verdicts %}<section aria-labelledby="verdict"><h2 id="verdict">In short</h2>
 <p>Two papers make claims about this question: QIL (<a href="https://arxiv.org/abs/2412.03915">arXiv 2412.03915</a>) and SAQ (<a href="https://arxiv.org/abs/2411.05858">arXiv 2411.05858</a>). This is what the runs of this study say about each, no more.</p>
 <ol class="verdicts">{% for v in verdicts %}<li><h3>{{ v.claim }}</h3><p><span class="tag">{{ v.verdict }}</span><span class="src">claim of {{ v.source }}</span></p><p>{{ v.text }}</p>{% if v.caveat %}<p class="note">{{ v.caveat }}</p>{% endif %}
@@ -730,12 +753,13 @@ _PAGE = """<!DOCTYPE html>
 </main><footer>Written by qisal {{ version }} from the folder <code>{{ place }}</code>.</footer></div></body></html>
 """
 
-# %% ../nbs/12_report.ipynb #6c615d5f
+# %% ../nbs/12_report.ipynb #280d53d0
 def _svg_figure(name, title, parts, caption, random, draw)->dict:
     "A figure of the page: an SVG for each (alt text, data) in `parts`."
     svgs = []
     for i, (alt, *args) in enumerate(parts):
-        fig, (ax,) = _canvas(1)
+        fig, (ax,) = _canvas(1, layout=None)  # fixed margins: a layout engine takes longer than the drawing
+        fig.subplots_adjust(left=.15, right=.985, top=.9, bottom=.19)
         draw(ax, *args)
         svgs.append(to_svg(fig, f'{name}{i}', alt))
     return dict(title=title, svgs=svgs, caption=caption, random=random)
@@ -816,7 +840,7 @@ def report_html(
     name = Path(study.folder).resolve().name
     return template.render(**_parts(study), css=_CSS + _CSS_MORE, title=f'The {name} study', place=_place(study), version=__version__).lstrip()
 
-# %% ../nbs/12_report.ipynb #ac2e81a4
+# %% ../nbs/12_report.ipynb #c28c0719
 def save_figures(
     study:Study, # From `read_study`
 )->list: # Paths of the PNGs; none without a finished run
@@ -827,7 +851,7 @@ def save_figures(
     figures = dict(accuracy=plot_accuracy, **(dict(masking=plot_masking) if len(study.curves) else {}))
     for name, plot in figures.items():
         buffer = io.BytesIO()
-        plot(study).savefig(buffer, format='png', dpi=110, facecolor='white')
+        plot(study).savefig(buffer, format='png', dpi=160, facecolor='white')
         res.append(write_atomic(folder/f'{name}.png', buffer.getvalue()))
     return res
 
@@ -844,17 +868,31 @@ def make_report(
         return write_atomic(study.folder/'report.html', page)
     except OSError as e: raise BadInput(f"The report can't be written into '{study.folder}' ({e.strerror}); free some space there or make it writable.") from e
 
-# %% ../nbs/12_report.ipynb #38e87c16
+# %% ../nbs/12_report.ipynb #cf5142e7
+def _kernel_manager():
+    "A class of kernel managers whose kernels run this interpreter."
+    import sys
+    from jupyter_client.manager import AsyncKernelManager
+    class StudyKernelManager(AsyncKernelManager):
+        def format_kernel_cmd(self, extra_arguments=None):
+            return [sys.executable, '-m', 'ipykernel_launcher', '-f', os.path.realpath(self.connection_file), *(extra_arguments or [])]
+    return StudyKernelManager
+
 def study_notebook(
     folder, # The folder that was given to `qisal study --out`
 )->Path: # `<folder>/study.ipynb`
-    "Execute `91_study.ipynb` for a study and keep it in its folder. Raises `BadInput` if the folder holds no study."
+    "Execute `91_study.ipynb` for a study and keep it in its folder. Raises `BadInput` if the folder holds no study, or no finished run."
     import papermill, tempfile
-    from qisal.run import load_runs
-    folder = Path(folder)
-    load_runs(folder)
+    from traitlets.config import Config
+    folder = Path(folder).resolve()
+    if not len(read_study(folder).table): raise BadInput(f"The study '{folder.name}' has no finished run to write about; finish one with qisal study.")
     template = asset('templates', '91_study.ipynb')
-    with tempfile.TemporaryDirectory() as tmp:
+    with tempfile.TemporaryDirectory(prefix='qisal-') as tmp:
         out = Path(tmp)/'study.ipynb'
-        papermill.execute_notebook(str(template), str(out), dict(study=str(folder.resolve())), kernel_name='python3', progress_bar=False)
-        return write_atomic(folder/'study.ipynb', out.read_text())
+        config = Config({'KernelManager': {'transport': 'ipc', 'ip': f'{tmp}/ipc', 'connection_file': f'{tmp}/kernel.json'}})
+        papermill.execute_notebook(str(template), str(out), dict(study=folder.name), cwd=str(folder.parent), kernel_name='python3', progress_bar=False, log_output=False,
+                                   kernel_manager_class=_kernel_manager(), config=config)
+        nb = json.loads(out.read_text())
+    nb['metadata'].pop('papermill', None)
+    for c in nb['cells']: c['metadata'].pop('papermill', None)
+    return write_atomic(folder/'study.ipynb', json.dumps(nb, indent=1, ensure_ascii=False) + '\n')

@@ -1,0 +1,381 @@
+"The report: its numbers against sums done by hand, its edges, and the page in a browser."
+import base64, csv, io, json, os, re, shutil, socket, subprocess, tempfile, time, urllib.request
+from html.parser import HTMLParser
+from pathlib import Path
+import numpy as np, pytest
+from qisal.core import BadInput, RunSpec, provenance, write_json
+from qisal.report import (accuracy_table, cost_rows, differences, make_report, masking_table, newcombe_interval, plot_masking, read_maps, read_study, run_command, saliency_grid,
+                          verdicts, _labels)
+from qisal.run import RESULTS_FORMAT, _seal
+
+FRACS = [0, .1, .2, .3]
+NASTY = '<img src=x onerror=alert(1)>&"\'{{ 7*7 }}</table>'
+
+def metrics(spec, acc, left=.5, n=1000, touched=False, **kw):
+    "Made-up metrics in the layout of a run."
+    curve = lambda *a, **k: dict(frac=FRACS, accuracy=[acc, *a], auc=float(np.trapezoid([acc, *a], FRACS)/(acc*.3)), **k)
+    masking = dict(gradient=curve(left, left/2, left/4, fill='corner', order='morf'), random=curve(.9*acc, .8*acc, .7*acc, fill='corner', order='morf'))
+    bits = 32 if spec.bits == '32' else int(spec.bits[0])
+    return dict(spec=spec.to_dict(), accuracy=acc, n_test=n, masking=masking, road=dict(morf={k: dict(v, fill='road') for k, v in masking.items()}, lerf={}),
+        alphas=[] if bits == 32 else [dict(layer='1', bits=bits, alpha=5.5, clipped=.01, touched=touched)],
+        cost=dict(weight_bits=1000*bits, weight_bytes=125*bits, bits_per_weight=float(bits), macs=10**6, bops=10**6*bits*bits, params=1000, layers=[]),
+        timing=dict(training=60., total=100., n_threads=1), provenance=provenance(), code='0'*64, data=dict(x_train='a'*64)) | kw
+
+def put(out, spec, m=None, error=None, maps=True):
+    folder = Path(out)/'runs'/spec.run_id
+    folder.mkdir(parents=True)
+    write_json(folder/'spec.json', spec.to_dict())
+    if m: write_json(folder/'metrics.json', _seal({'format': RESULTS_FORMAT, 'run_id': spec.run_id, **m, 'fingerprint': {}}))
+    if error: write_json(folder/'error.json', error)
+    if m and maps:
+        g, b = np.random.default_rng(0), io.BytesIO()
+        np.savez_compressed(b, images=g.integers(0, 256, (2, 9, 9, 1), dtype=np.uint8), labels=np.array([3, 4]), maps=g.normal(size=(2, 9, 9)).astype('float32'), pred=np.array([3, 5]))
+        (folder/'maps.npz').write_bytes(b.getvalue())
+    return folder
+
+def study_of(tmp, *runs, **kw):
+    for spec, m in runs: put(tmp/'s', spec, m, **kw)
+    (tmp/'s'/'runs').mkdir(parents=True, exist_ok=True)
+    return tmp/'s'
+
+def grid(acc=lambda s: .98, left=lambda s: .5, seeds=(0,), bits=('32', '4'), n=1000):
+    specs = [RunSpec(bits=b, guided=g, seed=s) for b in bits for g in (False, True) for s in seeds]
+    return [(s, metrics(s, acc(s), left(s), n)) for s in specs]
+
+# --- numbers ---
+
+def test_one_seed_is_wilson_and_several_are_student(tmp_path):
+    from scipy.stats import t
+    one = accuracy_table(read_study(study_of(tmp_path/'a', *grid(lambda s: .95))))
+    p, n, z = .95, 1000, 1.959964
+    mid, half = (p + z*z/(2*n))/(1 + z*z/n), z/(1 + z*z/n)*np.sqrt(p*(1 - p)/n + z*z/(4*n*n))
+    assert set(one.basis) == {'images'} and one.low[0] == pytest.approx(mid - half, abs=1e-6) and one.high[0] == pytest.approx(mid + half, abs=1e-6)
+    accs = {0: .95, 1: .96, 2: .98}
+    many = accuracy_table(read_study(study_of(tmp_path/'b', *grid(lambda s: accs[s.seed], seeds=(0, 1, 2)))))
+    v = np.array(list(accs.values())); half = t.ppf(.975, 2)*v.std(ddof=1)/np.sqrt(3)
+    assert set(many.basis) == {'seeds'} and len(many) == 4 and many.accuracy[0] == pytest.approx(v.mean())
+    assert many.low[0] == pytest.approx(v.mean() - half) and many.high[0] == pytest.approx(min(v.mean() + half, 1))
+    assert many.sd[0] == pytest.approx(v.std(ddof=1)) and many.seconds[0] == 100
+
+def test_masking_table_by_hand(tmp_path):
+    m = masking_table(read_study(study_of(tmp_path, *grid(lambda s: .9, lambda s: .4 if s.guided else .6))))
+    assert m.left10.tolist() == [.6, .4, .6, .4] and m.left20.tolist() == [.3, .2, .3, .2]
+    area = (.9 + .6)/2*.1 + (.6 + .3)/2*.1 + (.3 + .15)/2*.1
+    control = ((.9 + .81)/2 + (.81 + .72)/2 + (.72 + .63)/2)*.1
+    assert m.auc[0] == pytest.approx(area/(.9*.3)) and m.gap[0] == pytest.approx((control - area)/(.9*.3))
+
+def test_newcombe_against_the_paper():
+    assert newcombe_interval(56/70, 48/80, 70, 80)[1:] == pytest.approx((.0524, .3339), abs=1e-4)
+    assert newcombe_interval(10/10, 0/10, 10)[1:] == pytest.approx((.6075, 1.), abs=1e-4)
+
+def test_differences_pair_seeds_and_settings(tmp_path):
+    acc = lambda s: .9 + .01*s.seed + (.02 if s.guided else 0) - (.05 if s.bits == '4' else 0)
+    s = read_study(study_of(tmp_path, *[o for o in grid(acc, seeds=(0, 1, 2)) if not (o[0].guided and o[0].seed == 2)]))
+    g = differences(s, 'guidance')
+    assert g['mean'].tolist() == pytest.approx([.02, .02]) and g.seeds.tolist() == [2, 2]
+    b = differences(s, 'bits')
+    assert b.label.tolist() == ['4-bit', '4-bit, guided'] and b['mean'].tolist() == pytest.approx([-.05, -.05]) and b.seeds.tolist() == [3, 2]
+    p = differences(s, 'plain')
+    assert p.label.tolist() == ['fp32, guided', '4-bit', '4-bit, guided'] and p['mean'].tolist() == pytest.approx([.02, -.05, -.03])
+
+def test_ablations_have_their_own_names_and_the_same_base(tmp_path):
+    specs = [RunSpec(bits='4'), RunSpec(bits='4', guided=True, frac=.5), RunSpec(bits='4', guided=True, frac=.25)]
+    s = read_study(study_of(tmp_path, *[(o, metrics(o, .9)) for o in specs]))
+    assert set(s.table.label) == {'4-bit', '4-bit, guided, frac 0.5', '4-bit, guided, frac 0.25'}
+    assert len(differences(s, 'guidance')) == 2
+    assert _labels([RunSpec(bits='32').to_dict(), RunSpec(bits='4', weight_quantizer='dorefa').to_dict()]) == ['fp32', '4-bit']
+
+def test_cost_rows(tmp_path):
+    c = cost_rows(read_study(study_of(tmp_path, *grid())))
+    assert c.bytes.tolist() == [4000, 500] and c['size'].tolist() == [1, 1/8] and c.work.tolist() == [1, 1/64]
+    only4 = cost_rows(read_study(study_of(tmp_path/'b', *[o for o in grid() if o[0].bits == '4'])))
+    assert len(only4) == 1 and np.isnan(only4['size'][0])
+
+# --- verdicts: each turns with the numbers ---
+
+def words(tmp, *runs): return {v['name']: v['verdict'] for v in verdicts(read_study(study_of(tmp, *runs)))}
+
+def test_verdicts_follow_the_data(tmp_path):
+    good = grid(lambda s: .98, lambda s: .3 if s.guided else .6, n=10000)
+    assert words(tmp_path/'a', *good) == {'kept': 'holds here', 'guidance': 'holds here', 'maps': 'holds here', 'cost': 'holds here', 'bits': 'undecided', 'maps at fewer bits': 'undecided'}
+    bad = grid(lambda s: .98 - .05*(s.bits == '4') - .05*s.guided, lambda s: .6 + .2*s.guided + .1*(s.bits == '4'), n=10000)
+    assert words(tmp_path/'b', *bad) == {'kept': 'does not hold here', 'guidance': 'does not hold here', 'maps': 'does not hold here', 'cost': 'holds here', 'bits': 'holds here', 'maps at fewer bits': 'holds here'}
+    few = grid(lambda s: .95, lambda s: .5, n=20)
+    assert set(words(tmp_path/'c', *few).values()) == {'undecided', 'holds here'} and words(tmp_path/'d', *few)['kept'] == 'undecided'
+    lone = [o for o in good if o[0].bits == '32' and not o[0].guided]
+    assert set(words(tmp_path/'e', *lone).values()) == {'not tested'}
+    split = grid(lambda s: .98, lambda s: .5 + (.2 if s.bits == '4' else -.2)*s.guided, n=10000)
+    assert words(tmp_path/'f', *split)['maps'] == 'mixed'
+
+def test_a_network_that_falls_to_any_masking_is_not_called_better_explained(tmp_path):
+    def m(s):
+        out = metrics(s, .98, .3 if s.guided else .6, 10000)
+        if s.guided: out['masking']['random'] |= dict(accuracy=[.98, .2, .1, .1], auc=.2)  # guided: random order upsets it as well
+        return out
+    v = {v['name']: v for v in verdicts(read_study(study_of(tmp_path, *[(s, m(s)) for s, _ in grid()])))}['maps']
+    assert v['verdict'] == 'holds by one measure' and 'grows in 0 of 2 with constant fill and in 2 of 2 with ROAD' in v['text']
+
+def test_one_seed_is_said_to_be_one_seed(tmp_path):
+    v = verdicts(read_study(study_of(tmp_path, *grid())))
+    assert all('One seed' in o['caveat'] for o in v if o['evidence'] is not None)
+    v = verdicts(read_study(study_of(tmp_path/'b', *grid(lambda s: .9 + s.seed/1000, seeds=(0, 1)))))
+    assert all('over 2 seeds' in o['caveat'] for o in v if o['evidence'] is not None)
+
+# --- folders as they come ---
+
+def test_no_study_is_bad_input(tmp_path):
+    (tmp_path/'file').write_text(''); (tmp_path/'empty').mkdir()
+    for name in ('nowhere', 'file', 'empty'):
+        with pytest.raises(BadInput): make_report(tmp_path/name)
+    assert sorted(o.name for o in tmp_path.iterdir()) == ['empty', 'file'] and not list((tmp_path/'empty').iterdir())
+
+def test_other_format_is_refused(tmp_path):
+    out = study_of(tmp_path, *grid())
+    write_json(out/'manifest.json', dict(format=RESULTS_FORMAT + 1))
+    with pytest.raises(BadInput, match='format'): make_report(out)
+    (out/'manifest.json').unlink()
+    run = next((out/'runs').iterdir())/'metrics.json'
+    run.write_text(json.dumps({**json.loads(run.read_text()), 'format': 99}))
+    with pytest.raises(BadInput, match='format 99'): make_report(out)
+    assert not (out/'report.html').exists()
+
+def test_study_without_runs(tmp_path):
+    page = make_report(study_of(tmp_path)).read_text()
+    assert 'has no run yet' in page and 'id="accuracy"' not in page and 'No run failed' in page
+
+def test_only_failed_and_unfinished_runs(tmp_path):
+    put(tmp_path/'s', RunSpec(), error=dict(type='TrainingFailed', message=NASTY, epoch=3, cell=7))
+    put(tmp_path/'s', RunSpec(bits='4'))
+    page = make_report(tmp_path/'s').read_text()
+    assert 'nothing to show but the failures' in page and '&lt;img src=x' in page and NASTY not in page and '<img src=x' not in page
+    assert 'mnist-small_cnn-b4-plain-s0' in page and 'TrainingFailed' in page and not (tmp_path/'s'/'figures').exists()
+
+@pytest.mark.parametrize('change', [dict(road=None), dict(alphas=[]), dict(timing={}), dict(provenance={}), dict(data={}), dict(masking={}),
+    dict(masking=dict(random=dict(frac=[0, .5], accuracy=[.9, .8], auc=None))), dict(masking=dict(gradient=dict(frac=[0], accuracy=[.9], auc=None)))])
+def test_one_run_with_less_in_it(tmp_path, change):
+    s = RunSpec(bits='2', guided=True)
+    page = make_report(study_of(tmp_path, (s, metrics(s, .9) | change))).read_text()
+    assert '2-bit, guided' in page and 'nan' not in re.sub(r'base64,[\w+/=]*', '', page).lower().split('<main>')[1]
+
+def test_altered_metrics_are_not_believed(tmp_path):
+    out = study_of(tmp_path, *grid())
+    path = out/'runs'/RunSpec().run_id/'metrics.json'
+    path.write_text(path.read_text().replace('"accuracy": 0.98', '"accuracy": 0.99', 1))
+    s = read_study(out)
+    assert len(s.table) == 3 and [o['run_id'] for o in s.having('partial')] == [RunSpec().run_id]
+
+def test_damaged_maps_are_named_and_the_report_goes_on(tmp_path):
+    out = study_of(tmp_path, *grid())
+    runs = [out/'runs'/o[0].run_id/'maps.npz' for o in grid()]
+    runs[0].write_bytes(b'PK\x03\x04 cut'); runs[1].unlink()
+    np.savez(runs[2].open('wb'), images=np.zeros((2, 9, 9, 1), 'uint8'), labels=np.zeros(2), maps=np.zeros((2, 8, 8)), pred=np.zeros(2))
+    for i, word in ((0, "can't be read"), (2, 'unexpected shapes')):
+        with pytest.raises(BadInput, match=word): read_maps(runs[i].parent)
+    g = saliency_grid(read_study(out), 'mnist')
+    assert len(g['columns']) == 1 and len(g['notes']) == 3
+    runs[3].unlink()
+    assert saliency_grid(read_study(out), 'mnist')['columns'] == [] and 'kept no maps' in make_report(out).read_text()
+
+def test_maps_that_hold_pickles_are_not_opened(tmp_path):
+    out = study_of(tmp_path, *grid()[:1])
+    np.savez((out/'runs'/RunSpec().run_id/'maps.npz').open('wb'), images=np.array([object()]), labels=0, maps=0, pred=0)
+    with pytest.raises(BadInput, match="can't be read"): read_maps(out/'runs'/RunSpec().run_id)
+
+def test_folder_that_cant_be_written(tmp_path, monkeypatch):
+    out = study_of(tmp_path, *grid()[:1])
+    import qisal.report as report
+    def full(*a): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(report, 'write_atomic', full)
+    with pytest.raises(BadInput, match='No space left'): make_report(out)
+
+def test_existing_summary_is_kept_and_the_page_rewritten(tmp_path):
+    out = study_of(tmp_path, *grid()[:1])
+    make_report(out)
+    assert len(list(csv.DictReader((out/'summary.csv').open()))) == 1
+    (out/'summary.csv').write_text('mine')
+    put(out, RunSpec(bits='4'), metrics(RunSpec(bits='4'), .9))
+    assert '4-bit' in make_report(out).read_text() and (out/'summary.csv').read_text() == 'mine'
+    assert (out/'figures'/'accuracy.png').stat().st_size > 5000 and (out/'figures'/'masking.png').stat().st_size > 5000
+
+def test_no_machine_path_is_told(tmp_path, monkeypatch):
+    out = study_of(tmp_path, *grid())
+    assert str(tmp_path) not in make_report(out).read_text()
+    monkeypatch.chdir(tmp_path)
+    assert 'qisal run --spec s/runs/' in make_report('s').read_text()
+    assert run_command(read_study('s'), ['a b']) == "qisal run --spec 's/runs/a b/spec.json' --out again"
+
+def test_commands_do_what_they_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    s = read_study(study_of(tmp_path, *grid(lambda s: .9 + s.seed/100, seeds=(0, 2)), *[(o, metrics(o, .9)) for o in (RunSpec(epochs=1, seed=e) for e in (0, 1))]).relative_to(tmp_path))
+    said = [subprocess.run(['bash', '-c', 'qisal() { test -f "$3" && echo "$3"; }; ' + c], capture_output=True, text=True, check=True).stdout.split() for c in accuracy_table(s).command]
+    assert sorted(o for c in said for o in c) == sorted(f's/runs/{r}/spec.json' for r in s.table.run_id) and {len(c) for c in said} == {2}
+
+def test_alpha_at_its_bound_is_said(tmp_path):
+    s = RunSpec(bits='2')
+    assert 'touched its lower bound' in make_report(study_of(tmp_path/'a', (s, metrics(s, .9, touched=True)))).read_text()
+    assert 'No alpha touched' in make_report(study_of(tmp_path/'b', (s, metrics(s, .9)))).read_text()
+
+def test_unmeasured_fill_is_bad_input(tmp_path):
+    s = read_study(study_of(tmp_path, *[(s, m | dict(road=None)) for s, m in grid()]))
+    with pytest.raises(BadInput, match='fill road'): plot_masking(s, 'road')
+
+# --- the page ---
+
+@pytest.fixture(scope='module')
+def page(tmp_path_factory):
+    "A page with everything on it: two datasets, seeds, an ablation, a folder of images, a failure, an unfinished run."
+    out = tmp_path_factory.mktemp('study')/'all'
+    for d in ('mnist', 'fashion_mnist', 'folder:/data/cats & <dogs>'):
+        for b in ('32', '4', '4/2', '2') if d == 'mnist' else ('32', '2'):
+            for g in (False, True):
+                for seed in (0, 1) if d == 'mnist' else (0,):
+                    s = RunSpec(dataset=d, bits=b, guided=g, seed=seed)
+                    put(out, s, metrics(s, .9 + seed/100, .3 if g else .5, touched=b == '2'))
+    s = RunSpec(dataset='fashion_mnist', guided=True, frac=.25)
+    put(out, s, metrics(s, .93))
+    put(out, RunSpec(bits='8'), error=dict(type='TrainingFailed', message=NASTY, epoch=1, cell=2))
+    put(out, RunSpec(bits='3'))
+    write_json(out/'manifest.json', dict(format=RESULTS_FORMAT, commands=['qisal study --profile smoke'], specs={}, data={}, provenance={}))
+    return make_report(out)
+
+class Outline(HTMLParser):
+    VOID = {'meta', 'link', 'img', 'br', 'hr', 'input'}
+    def __init__(self): super().__init__(convert_charrefs=True); self.open, self.ids, self.refs, self.imgs, self.heads, self.faults = [], [], [], [], [], []
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        if tag not in self.VOID: self.open.append(tag)
+        if 'id' in a: self.ids.append(a['id'])
+        self.refs += [(tag, v) for k, v in attrs if k in ('href', 'src', 'xlink:href')]
+        if tag == 'img': self.imgs.append(a)
+        if tag == 'svg' and not ((a.get('role') == 'img' and a.get('aria-label')) or a.get('aria-hidden')): self.faults.append('svg without a text alternative')
+        if re.fullmatch('h[1-6]', tag): self.heads.append(int(tag[1]))
+    def handle_startendtag(self, tag, attrs): self.handle_starttag(tag, attrs); self.open.pop() if tag not in self.VOID else None
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag: self.faults.append(f'</{tag}> closes nothing')
+
+def test_the_html_is_sound(page):
+    p = Outline(); text = page.read_text(); p.feed(text)
+    assert not p.open and not p.faults
+    assert len(p.ids) == len(set(p.ids))
+    anchors = [v[1:] for _, v in p.refs if v.startswith('#')]
+    assert anchors and set(anchors) <= set(p.ids)
+    assert all(v.startswith(('#', 'data:', 'https://arxiv.org/')) for _, v in p.refs)
+    assert p.imgs and all(i.get('alt') for i in p.imgs)
+    assert p.heads[0] == 1 and all(b - a <= 1 for a, b in zip(p.heads, p.heads[1:]))
+    assert '<script' not in text and '@import' not in text and 'url(http' not in text and NASTY not in text and '<dogs>' not in text
+
+def test_downloads_hold_the_numbers(page):
+    got = dict(re.findall(r'href="data:[\w/]+;base64,([\w+/=]+)" download="([\w.]+)"', page.read_text()))
+    got = {name: base64.b64decode(raw).decode() for raw, name in got.items()}
+    assert set(got) == {'summary.csv', 'curves.csv', 'metrics.json', 'manifest.json'}
+    assert len(list(csv.DictReader(io.StringIO(got['summary.csv'])))) == 27
+    assert json.loads(got['metrics.json'])[RunSpec().run_id]['accuracy'] == .9
+    rows = [r for r in csv.DictReader(io.StringIO(got['curves.csv'])) if r['run_id'] == RunSpec().run_id and r['attribution'] == 'gradient' and r['fill'] == 'corner']
+    assert [float(r['accuracy']) for r in rows] == [.9, .5, .25, .125]
+
+# --- in a browser ---
+
+FLAGS = ('--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync '
+         '--disable-default-apps --disable-extensions --disable-dev-shm-usage').split() + ['--host-resolver-rules=MAP * ~NOTFOUND']
+
+class Browser:
+    "Headless Chromium through chromedriver's own HTTP interface."
+    def __init__(self, profile):
+        with socket.socket() as s: s.bind(('127.0.0.1', 0)); self.port = s.getsockname()[1]
+        self.driver = subprocess.Popen([shutil.which('chromedriver'), f'--port={self.port}'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(200):
+            try: self.call('GET', '/status'); break
+            except OSError: time.sleep(.1)
+        options = dict(args=[*FLAGS, f'--user-data-dir={profile}'], perfLoggingPrefs=dict(enableNetwork=True))
+        binary = shutil.which('chromium') or shutil.which('google-chrome') or shutil.which('chrome')
+        if binary: options['binary'] = binary
+        caps = {'browserName': 'chrome', 'goog:chromeOptions': options, 'goog:loggingPrefs': dict(browser='ALL', performance='ALL')}
+        self.session = '/session/' + self.call('POST', '/session', dict(capabilities=dict(alwaysMatch=caps)))['sessionId']
+        self.call('POST', f'{self.session}/url', dict(url='about:blank'))
+    def call(self, method, path, body=None):
+        r = urllib.request.Request(f'http://127.0.0.1:{self.port}{path}', method=method, headers={'Content-Type': 'application/json'}, data=None if body is None else json.dumps(body).encode())
+        return json.load(urllib.request.urlopen(r, timeout=120))['value']
+    def cdp(self, cmd, **params): return self.call('POST', f'{self.session}/goog/cdp/execute', dict(cmd=cmd, params=params))
+    def open(self, path): self.call('POST', f'{self.session}/url', dict(url=Path(path).resolve().as_uri()))
+    def js(self, script): return self.call('POST', f'{self.session}/execute/sync', dict(script=script, args=[]))
+    def log(self, kind): return self.call('POST', f'{self.session}/se/log', dict(type=kind))
+    def look(self, width, dark):
+        self.cdp('Emulation.setDeviceMetricsOverride', width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+        self.cdp('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value='dark' if dark else 'light')])
+    def close(self):
+        try: self.call('DELETE', self.session)
+        finally: self.driver.terminate(); self.driver.wait(20)
+
+@pytest.fixture(scope='module')
+def browser():
+    if not (shutil.which('chromedriver') and (shutil.which('chromium') or shutil.which('google-chrome') or shutil.which('chrome'))):
+        why = 'needs Chromium and chromedriver (Debian: apt-get install chromium chromium-driver)'
+        pytest.fail(why) if os.environ.get('CI') else pytest.skip(why)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        b = Browser(profile)
+        yield b
+        b.close()
+
+def test_it_renders_without_complaint(browser, page):
+    browser.look(1280, False)
+    for kind in ('browser', 'performance'): browser.log(kind)  # what the browser did before
+    browser.open(page)
+    assert browser.js('return document.readyState') == 'complete'
+    assert [o['message'] for o in browser.log('browser')] == []
+    assert browser.js('return [...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).map(i => i.alt)') == [] and browser.js('return document.images.length') >= 40
+    assert browser.js("return [...document.querySelectorAll('a[href^=\"#\"]')].filter(a => !document.getElementById(a.hash.slice(1))).map(a => a.hash)") == []
+    assert browser.js("return [...document.querySelectorAll('a[download]')].map(a => a.href.split(',')[1].length > 40 ? '' : a.download).join('')") == ''
+    assert browser.js('return window.pwned || document.querySelector("[onerror]")') is None
+    asked = [json.loads(o['message'])['message'] for o in browser.log('performance')]
+    urls = [o['params']['request']['url'] for o in asked if o['method'] == 'Network.requestWillBeSent']
+    assert page.resolve().as_uri() in urls and [u for u in urls if not u.startswith(('file:', 'data:'))] == [] and len([u for u in urls if u.startswith('file:')]) == 1
+
+@pytest.mark.parametrize('width,dark', [(1280, False), (1280, True), (390, False), (390, True), (320, False)])
+def test_it_fits_and_can_be_read(browser, page, width, dark):
+    browser.look(width, dark)
+    browser.open(page)
+    browser.js("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.js('return document.documentElement.scrollWidth') <= width
+    assert browser.js("return [...document.querySelectorAll('main p, main h2, main figure, main svg.plot')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.textContent.slice(0, 40))") == []
+    contrast = """const lum = c => { const v = c.match(/[\\d.]+/g).slice(0, 3).map(x => x/255).map(x => x <= .04045 ? x/12.92 : ((x + .055)/1.055)**2.4); return .2126*v[0] + .7152*v[1] + .0722*v[2] };
+      const ratio = (a, b) => { const [x, y] = [lum(a), lum(b)].sort((p, q) => q - p); return (x + .05)/(y + .05) };
+      const paper = getComputedStyle(document.body).backgroundColor;
+      const text = [...document.querySelectorAll('p, td, th, dd, dt, h2, figcaption, summary, a, small')].map(e => ratio(getComputedStyle(e).color, paper));
+      const labels = [...document.querySelectorAll('svg.plot text')].map(e => ratio(getComputedStyle(e).fill, paper));
+      const lines = [...document.querySelectorAll('svg.plot path')].map(e => getComputedStyle(e).stroke).filter(c => c.startsWith('rgb')).map(c => ratio(c, paper)).filter(r => r > 1.6);
+      return [Math.min(...text), Math.min(...labels), Math.min(...lines), labels.length, lum(paper)]"""
+    text, labels, lines, n, paper = browser.js(contrast)
+    assert text >= 4.5 and labels >= 4.5 and lines >= 3 and n > 100 and (paper < .1) == dark
+
+def test_wide_tables_scroll_in_their_own_box(browser, page):
+    browser.look(390, False)
+    browser.open(page)
+    wide = browser.js("return [...document.querySelectorAll('.box')].filter(b => b.scrollWidth > b.clientWidth + 1).map(b => [getComputedStyle(b).overflowX, b.tabIndex, b.getAttribute('aria-label')])")
+    assert wide and all(o == 'auto' and t == 0 and label for o, t, label in wide)
+
+def test_a_page_about_failures_renders_too(browser, tmp_path):
+    put(tmp_path/'s', RunSpec(), error=dict(type='E', message=NASTY, epoch=None, cell=None))
+    browser.look(390, True)
+    browser.open(make_report(tmp_path/'s'))
+    assert [o['message'] for o in browser.log('browser')] == [] and browser.js('return document.documentElement.scrollWidth') <= 390
+    assert NASTY in browser.js('return document.body.innerText')
+
+# --- the study as a notebook ---
+
+def test_study_notebook(tmp_path):
+    import nbformat
+    from qisal.report import study_notebook
+    out = study_of(tmp_path, *grid(lambda s: .9 + s.seed/100, seeds=(0, 1)))
+    put(out, RunSpec(bits='8'), error=dict(type='TrainingFailed', message=NASTY, epoch=1, cell=2))
+    text = study_notebook(out).read_text()
+    nb = nbformat.reads(text, 4)
+    nbformat.validate(nb)
+    assert str(tmp_path) not in text and 'papermill' not in nb.metadata and any('study = "s"' in c.source for c in nb.cells)
+    code = [c for c in nb.cells if c.cell_type == 'code']
+    assert all(c.execution_count for c in code) and not [o for c in code for o in c.outputs if o.output_type == 'error' or o.get('name') == 'stderr']
+    assert '4-bit, guided' in text and 'TrainingFailed' in text
+
+def test_study_notebook_needs_a_finished_run(tmp_path):
+    from qisal.report import study_notebook
+    with pytest.raises(BadInput, match='no finished run'): study_notebook(study_of(tmp_path))
+    assert not (tmp_path/'s'/'study.ipynb').exists()
