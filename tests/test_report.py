@@ -1,5 +1,5 @@
 "The report: its numbers against sums done by hand, its edges, and the page in a browser."
-import base64, csv, io, json, os, re, shutil, socket, subprocess, tempfile, time, urllib.request
+import base64, csv, functools, io, json, os, re, shutil, socket, subprocess, tempfile, time, urllib.request
 from html.parser import HTMLParser
 from pathlib import Path
 import numpy as np, pytest
@@ -11,6 +11,8 @@ from qisal.run import RESULTS_FORMAT, _seal
 FRACS = [0, .1, .2, .3]
 NASTY = '<img src=x onerror=alert(1)>&"\'{{ 7*7 }}</table>'
 
+PROVENANCE = functools.cache(provenance)
+
 def metrics(spec, acc, left=.5, n=1000, touched=False, **kw):
     "Made-up metrics in the layout of a run."
     curve = lambda *a, **k: dict(frac=FRACS, accuracy=[acc, *a], auc=float(np.trapezoid([acc, *a], FRACS)/(acc*.3)), **k)
@@ -19,7 +21,7 @@ def metrics(spec, acc, left=.5, n=1000, touched=False, **kw):
     return dict(spec=spec.to_dict(), accuracy=acc, n_test=n, masking=masking, road=dict(morf={k: dict(v, fill='road') for k, v in masking.items()}, lerf={}),
         alphas=[] if bits == 32 else [dict(layer='1', bits=bits, alpha=5.5, clipped=.01, touched=touched)],
         cost=dict(weight_bits=1000*bits, weight_bytes=125*bits, bits_per_weight=float(bits), macs=10**6, bops=10**6*bits*bits, params=1000, layers=[]),
-        timing=dict(training=60., total=100., n_threads=1), provenance=provenance(), code='0'*64, data=dict(x_train='a'*64)) | kw
+        timing=dict(training=60., total=100., n_threads=1), provenance=PROVENANCE(), code='0'*64, data=dict(x_train='a'*64)) | kw
 
 def put(out, spec, m=None, error=None, maps=True):
     folder = Path(out)/'runs'/spec.run_id
