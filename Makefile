@@ -59,16 +59,17 @@ setup: .venv/.ready
 
 rebuild refresh:
 
-# The report is looked at in a real browser. As root on Debian it is fetched; elsewhere it must be there.
+# The report is looked at in a real browser, driven by chromedriver. As root on Debian both are fetched; elsewhere they must be there.
 browser:
-	@for b in $(BROWSERS); do command -v $$b >/dev/null && exit 0; done; \
+	@have() { command -v chromedriver >/dev/null && for b in $(BROWSERS); do command -v $$b >/dev/null && return 0; done; return 1; }; \
+	have && exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  echo "Installing chromium for the test of the report."; \
-	  export DEBIAN_FRONTEND=noninteractive; { apt-get install -y -qq --no-install-recommends chromium >/dev/null 2>&1 \
-	    || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; }; } \
-	  && command -v chromium >/dev/null && exit 0; \
+	  echo "Installing chromium and chromedriver for the test of the report."; \
+	  export DEBIAN_FRONTEND=noninteractive; { apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null 2>&1 \
+	    || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; }; } \
+	  && have && exit 0; \
 	fi; \
-	echo "The tests look at the report in a browser: install chromium or google-chrome and run make again (looked for: $(BROWSERS))." >&2; exit 1
+	echo "The tests look at the report in a browser: install chromedriver and chromium or google-chrome and run make again (looked for: chromedriver, $(BROWSERS))." >&2; exit 1
 
 # One pytest at the end, so that its summary is the last thing to read. The wheel is its last test.
 test: setup browser notebooks

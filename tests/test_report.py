@@ -280,6 +280,8 @@ def test_downloads_hold_the_numbers(page):
 FLAGS = ('--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync '
          '--disable-default-apps --disable-extensions --disable-dev-shm-usage').split() + ['--host-resolver-rules=MAP * ~NOTFOUND']
 
+def _browser(): return next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome'))), None)
+
 class Browser:
     "Headless Chromium through chromedriver's own HTTP interface."
     def __init__(self, profile):
@@ -289,7 +291,7 @@ class Browser:
             try: self.call('GET', '/status'); break
             except OSError: time.sleep(.1)
         options = dict(args=[*FLAGS, f'--user-data-dir={profile}'], perfLoggingPrefs=dict(enableNetwork=True))
-        binary = shutil.which('chromium') or shutil.which('google-chrome') or shutil.which('chrome')
+        binary = _browser()
         if binary: options['binary'] = binary
         caps = {'browserName': 'chrome', 'goog:chromeOptions': options, 'goog:loggingPrefs': dict(browser='ALL', performance='ALL')}
         self.session = '/session/' + self.call('POST', '/session', dict(capabilities=dict(alwaysMatch=caps)))['sessionId']
@@ -310,7 +312,7 @@ class Browser:
 
 @pytest.fixture(scope='module')
 def browser():
-    if not (shutil.which('chromedriver') and (shutil.which('chromium') or shutil.which('google-chrome') or shutil.which('chrome'))):
+    if not (shutil.which('chromedriver') and _browser()):
         why = 'needs Chromium and chromedriver (Debian: apt-get install chromium chromium-driver)'
         pytest.fail(why) if os.environ.get('CI') else pytest.skip(why)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
