@@ -7,7 +7,7 @@ from test_run import RESULTS, SPEC, data, folder, make_template, spec_file, temp
 from qisal.core import BadInput, RunSpec
 
 def qisal(*args, cwd=None, **env):
-    return subprocess.run([sys.executable, '-m', 'qisal.cli', *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=400,
+    return subprocess.run([sys.executable, '-m', 'qisal.cli', *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=900,
                           env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
 
 def refused(r, *words):
