@@ -36,8 +36,13 @@ setup: .venv/.ready
 	@:
 
 # The stamp is written last. `.installing` stands while pip works: an installation that was cut off is started over.
+# Of two makes at once the second waits for the first (where there is `flock`).
 .venv/.ready: $(MOVED) $(STALE)
 	@set -e; \
+	if command -v flock >/dev/null; then \
+	  exec 9<Makefile; flock -n 9 || { echo "Another make is setting up .venv; waiting for it."; flock 9; }; \
+	  if [ "$$(cat .venv/.ready 2>/dev/null)" = "$$(pwd; $(MADE_FROM))" ]; then exit 0; fi; \
+	fi; \
 	if [ -e .venv/.installing ] || [ -n "$(MOVED)" ]; then echo "Starting .venv over."; rm -rf .venv; fi; \
 	if [ ! -x $(PY) ] || ! $(PY) -m pip --version >/dev/null 2>&1; then \
 	  found=; \

@@ -33,7 +33,7 @@ def relink_text(text):
         part = re.sub(r'(\]\()([^)\s]+)', lambda m: m[1] + relink(m[2]), part)
         part = re.sub(r'^(\s{0,3}\[[^\]^]+\]:\s*)(\S+)', lambda m: m[1] + relink(m[2]), part, flags=re.M)
         return re.sub(r'''\b((?:src|href|srcset)=)(["'])([^"']+)\2''', lambda m: m[1] + m[2] + relink(m[3]) + m[2], part)
-    parts = re.split(r'(^```.*?^```|`[^`\n]+`)', text, flags=re.S | re.M)
+    parts = re.split(r'(^(?:```.*?^```|~~~.*?^~~~)|`[^`\n]+`)', text, flags=re.S | re.M)
     return ''.join(o if i % 2 else outside(o) for i, o in enumerate(parts))
 
 def keep_outputs(outputs, where):

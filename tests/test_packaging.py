@@ -109,6 +109,17 @@ def test_setup_installs_once(box):
     (box/'constraints.txt').write_text((box/'constraints.txt').read_text() + 'another==1\n')
     assert make(box, 'setup').returncode == 0 and len((box/'pip.log').read_text().splitlines()) == 2
 
+@pytest.mark.skipif(not shutil.which('flock'), reason='no flock here')
+def test_two_makes_at_once_install_once(box):
+    "The second waits for the first and finds everything done."
+    script = stand_in(box)
+    script.write_text(script.read_text().replace('"-m pip") ', '"-m pip") sleep .3; '))
+    env = {'PATH': f'{box}:/usr/bin:/bin', 'HOME': str(box)}
+    both = [subprocess.Popen(['make', 'setup'], cwd=box, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [o.communicate(timeout=60)[0] for o in both]
+    assert [o.returncode for o in both] == [0, 0] and 'waiting' in ''.join(said)
+    assert len((box/'pip.log').read_text().splitlines()) == 1
+
 def test_failed_installation_leaves_no_stamp(box):
     "... and the next `make` starts over instead of believing what lies there."
     stand_in(box, pip_ok=False)
@@ -143,7 +154,7 @@ def test_no_browser_is_said(box):
     for o in ('bash', 'id', 'make', 'cat', 'pwd'):
         if shutil.which(o): (tools/o).symlink_to(shutil.which(o))
     r = subprocess.run([shutil.which('make'), 'browser'], cwd=box, env={'PATH': str(tools)}, capture_output=True, text=True)
-    assert r.returncode != 0 and 'install chromium' in r.stderr
+    assert r.returncode != 0 and 'install chromedriver and chromium' in r.stderr
 
 def test_committed_files():
     "No pickles, nothing above 4 MB, no environment, no cache."

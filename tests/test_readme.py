@@ -1,6 +1,5 @@
 "README.md is what nbs/index.ipynb says, its links lead somewhere and its commands exist."
 import re, shlex, subprocess, sys
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -22,8 +21,8 @@ def book(tmp_path, *cells):
 def out(**data): return nbformat.v4.new_output('execute_result', {k.replace('_', '/'): v for k, v in data.items()})
 
 def test_links_move_to_the_top(tmp_path):
-    text = readme.render(book(tmp_path, ('md', '# T\n\n![main](../reports/first/a.png) [core](00_core.ipynb#Seeds) [web](https://x.org/../a) [here](#t)\n<img src="../reports/b.svg">\n`[c](../d)`')))
-    for o in ('](reports/first/a.png)', '](nbs/00_core.ipynb#Seeds)', '](https://x.org/../a)', '](#t)', 'src="reports/b.svg"', '`[c](../d)`'): assert o in text
+    text = readme.render(book(tmp_path, ('md', '# T\n\n![main](../reports/first/a.png) [core](00_core.ipynb#Seeds) [web](https://x.org/../a) [here](#t)\n<img src="../reports/b.svg">\n`[c](../d)`\n\n~~~md\n[e](../f)\n~~~')))
+    for o in ('](reports/first/a.png)', '](nbs/00_core.ipynb#Seeds)', '](https://x.org/../a)', '](#t)', 'src="reports/b.svg"', '`[c](../d)`', '[e](../f)'): assert o in text
 
 def test_directives_and_hidden_cells_go(tmp_path):
     stream = nbformat.v4.new_output('stream', name='stdout', text='seen\n')
@@ -50,7 +49,7 @@ def test_is_up_to_date():
 @needs_index
 def test_links_lead_somewhere():
     text = (ROOT/'README.md').read_text(encoding='utf-8')
-    text = re.sub(r'^```.*?^```', '', text, flags=re.S | re.M)
+    text = re.sub(r'^(```|~~~).*?^\1', '', text, flags=re.S | re.M)
     links = re.findall(r'\]\(([^)\s]+)', text) + re.findall(r'''\b(?:src|href)=["']([^"']+)''', text)
     for o in links:
         if not re.match(r'[a-z]+:|#', o): assert (ROOT/o.partition('#')[0]).exists(), o
@@ -58,7 +57,7 @@ def test_links_lead_somewhere():
 def commands():
     "The `make` and `qisal` commands of README.md's shell blocks and inline code."
     text = (ROOT/'README.md').read_text(encoding='utf-8')
-    lines = [l for b in re.findall(r'^```(?:bash|sh|shell|console)\n(.*?)^```', text, re.S | re.M) for l in b.replace('\\\n', ' ').splitlines()]
+    lines = [l for _, b in re.findall(r'^(```|~~~)(?:bash|sh|shell|console)\n(.*?)^\1', text, re.S | re.M) for l in b.replace('\\\n', ' ').splitlines()]
     found = [c.strip().removeprefix('$ ') for l in lines + re.findall(r'`([^`\n]+)`', text) for c in re.split(r'&&|;', l)]
     return [shlex.split(o, comments=True) for o in found if re.match(r'(make|qisal) [a-z-]', o)]
 
@@ -75,7 +74,7 @@ def test_commands_exist():
             continue
         if cmd[1].startswith('-') : continue
         if cmd[1] not in helps:
-            r = subprocess.run([str(Path(sys.executable).with_name('qisal')), cmd[1], '--help'], capture_output=True, text=True, env={'COLUMNS': '200', 'TERM': 'dumb', 'PATH': '/usr/bin:/bin'})
+            r = subprocess.run([sys.executable, '-m', 'qisal.cli', cmd[1], '--help'], cwd=ROOT, capture_output=True, text=True, env={'COLUMNS': '200', 'TERM': 'dumb', 'PATH': '/usr/bin:/bin'})
             assert r.returncode == 0, f'{cmd}: {r.stderr}'
             helps[cmd[1]] = r.stdout
         for o in cmd[2:]:

@@ -179,12 +179,8 @@ def test_study_runs_from_another_folder(user):
     assert sorted(o.name for o in user.work.iterdir()) == ['my study'], 'files outside of the output folder'
 
 README_CODE = '''
-from fastai.learner import Learner
-from fastai.metrics import accuracy
-from qisal.data import get_dls
-from qisal.models import small_cnn
-from qisal.callback.pact import PACTCallback
-from qisal.callback.saliency import SaliencyMaskingCallback
+from fastai.vision.all import *
+from qisal.all import *
 dls = get_dls('mnist', sample=True, n_train=256)
 learn = Learner(dls, small_cnn(), metrics=accuracy, cbs=[PACTCallback(w_bits=4, a_bits=4), SaliencyMaskingCallback(frac=.5)])
 learn.fit_one_cycle(1)
