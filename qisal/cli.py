@@ -143,17 +143,22 @@ def run(
 
 def _terminate(*_): sys.exit(143)
 
-# %% ../nbs/13_cli.ipynb #0b675879
+# %% ../nbs/13_cli.ipynb #ef26b012
 @app.command(help="""Write report.html from the runs in a results folder.
 
-Example:
+Examples:
 
 \b
-  qisal report reports/smoke""")
+  qisal report reports/smoke
+  qisal report reports/smoke --notebook   # and 91_study, executed, as reports/smoke/study.ipynb""")
 @polite
-def report(folder: Annotated[Path, typer.Argument(help="The folder that was given to `qisal study --out`.", metavar='DIR')]):
-    from qisal.report import make_report
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder that was given to `qisal study --out`.", metavar='DIR')],
+    notebook: Annotated[bool, _opt("Execute the notebook that reads all runs, too, and keep it as DIR/study.ipynb.")] = False,
+):
+    from qisal.report import make_report, study_notebook
     typer.echo(f"report: {os.path.relpath(make_report(folder))}")
+    if notebook: typer.echo(f"notebook: {os.path.relpath(study_notebook(folder))}")
 
 # %% ../nbs/13_cli.ipynb #639971c6
 @app.command(help="""Fetch a dataset unless it is there, check every array, and say what it is.

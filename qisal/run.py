@@ -28,7 +28,7 @@ PROFILES = {
                   by_dataset={'cifar10': dict(arch='resnet20', epochs=60)}),
 }
 
-# %% ../nbs/11_run.ipynb #1069d7d6
+# %% ../nbs/11_run.ipynb #cad083dc
 def _flag(
     v, # True, False, 'on' or 'off'
 )->bool:
@@ -39,10 +39,10 @@ def _fields(
     profile:str, # Name of the profile
     dataset:str, # Name of the dataset
 )->dict: # Fields of `RunSpec`
-    "What a profile says about one dataset. Where `smoke` has no embedded sample it takes 2,000 training images of the full set."
+    "What a profile says about one dataset. Where `smoke` has no embedded sample it takes 2,000 training images of the full set, and all of a folder."
     p = PROFILES[profile]
     f = {**p['common'], **p['by_dataset'].get(dataset, {})}
-    if f.get('sample') and dataset not in ('mnist', 'fashion_mnist'): f |= dict(sample=False, n_train=2000)
+    if f.get('sample') and dataset not in ('mnist', 'fashion_mnist'): f |= dict(sample=False, n_train=None if dataset.startswith('folder:') else 2000)
     return f
 
 def grid(
