@@ -563,7 +563,7 @@ def available_cores()->int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
-# %% ../nbs/11_run.ipynb #eeae0ec7
+# %% ../nbs/11_run.ipynb #1921f456
 def _line(
     spec:RunSpec, # A run
     status:int|None, # Exit status of its worker; None: it was done before
@@ -579,7 +579,7 @@ def _line(
 def _note_death(out, spec, status, said):
     "Leave `error.json` for a worker that died without a word, unless somebody else has done the run since."
     folder = out/'runs'/spec.run_id
-    with RunLock(out, spec.run_id):
+    with RunLock(out, spec.run_id) as lock, _private_folder(lock):  # which clears what the process left there
         if read_metrics(folder) is not None: return
         folder.mkdir(exist_ok=True)
         how = f"was killed by signal {-status} (the system does that when memory runs out)" if status < 0 else f'ended with status {status}'

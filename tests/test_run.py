@@ -203,6 +203,7 @@ def test_orphaned_kernel_holds_the_lock(tmp_path, out, data):
         assert entered.wait(10)
         until(lambda: not alive(kernel), 5)
         thread.join()
+    R.shutil.rmtree(private(out))
 
 def test_killed_kernel_fails_the_run_and_the_next_try_succeeds(tmp_path, out, template):
     notes = tmp_path/'notes'
@@ -308,8 +309,8 @@ def test_kernel_gets_its_threads_and_everything_is_given_back(tmp_path, out, dat
     assert m['timing'] == dict(total=.5, threads='2', n_threads=2)
     assert dict(os.environ) == before and not private(out).exists()
 
-def private(out):
-    return Path(R.tempfile.gettempdir())/f'qisal-{os.getuid()}-{R._sha(str((out/".locks"/f"{SPEC.run_id}.lock").resolve()))[:12]}'
+def private(out, spec=SPEC):
+    return Path(R.tempfile.gettempdir())/f'qisal-{os.getuid()}-{R._sha(str((out/".locks"/f"{spec.run_id}.lock").resolve()))[:12]}'
 
 def test_what_a_killed_run_left_in_the_temporary_folder_is_cleared(tmp_path, out, template):
     notes = tmp_path/'notes'
@@ -334,7 +335,7 @@ def test_worker_that_dies_is_shown_as_failed(tmp_path, out, data):
     specs = R.grid('smoke', bits=['4', '32'], guided=['off'], epochs=1)
     df = R.run_study(specs, out, 1, template=t, say=lambda o: None).set_index('bits')
     assert df.status.to_dict() == {'32': 'done', '4': 'failed'} and 'signal 9' in df.error['4']
-    assert read_json(folder(out, specs[0])/'error.json')['type'] == 'ProcessDied'
+    assert read_json(folder(out, specs[0])/'error.json')['type'] == 'ProcessDied' and not private(out, specs[0]).exists()
 
 
 # ---------------------------------------------------------------- templates and grids
