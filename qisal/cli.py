@@ -58,7 +58,7 @@ Examples:
   qisal study --profile paper --jobs 8 --threads 2
   qisal study --datasets folder:photos --bits 32,4 --epochs 10"""
 
-# %% ../nbs/13_cli.ipynb #f179c5b6
+# %% ../nbs/13_cli.ipynb #3e1e1357
 @app.command(help=STUDY_HELP)
 @polite
 def study(
@@ -71,6 +71,7 @@ def study(
     epochs: Annotated[Optional[int], _opt("Passes over the training images, in place of the profile's.")] = None,
     n_train: Annotated[Optional[int], _opt("Number of training images, in place of the profile's.")] = None,
     frac: Annotated[Optional[float], _opt("Share of the features that guidance masks, between 0 and 1.")] = None,
+    mode: Annotated[Optional[str], _opt("Guidance: exact (as published) or fast.")] = None,
     attributions: Annotated[Optional[str], _opt("gradient, input_x_gradient, smoothgrad, integrated_gradients, gradcam, random; several with commas.")] = None,
     jobs: Annotated[Optional[int], _opt("Runs at the same time; default: one a core.")] = None,
     threads: Annotated[Optional[int], _opt("Threads of each run; default: cores divided by jobs.")] = None,
@@ -80,7 +81,7 @@ def study(
     from qisal.run import PROFILES, grid, run_study
     check_in('profile', profile, tuple(PROFILES))
     specs = grid(profile, split(datasets, 'datasets'), split(bits, 'bits'), split(guided, 'guided'), split(seeds, 'seeds', int),
-                 **_over(arch=arch, epochs=epochs, n_train=n_train, frac=frac, attributions=split(attributions, 'attributions')))
+                 **_over(arch=arch, epochs=epochs, n_train=n_train, frac=frac, mode=mode, attributions=split(attributions, 'attributions')))
     out = Path('reports', profile) if out is None else out
     signal.signal(signal.SIGTERM, _interrupt)
     table = run_study(specs, out, jobs, threads, template, command=shlex.join(['qisal', *sys.argv[1:]]))

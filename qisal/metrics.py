@@ -7,13 +7,14 @@ __all__ = ['ORDERS', 'FRACS', 'SIMILARITIES', 'keep_rng', 'predict', 'pixel_rank
            'random_gap', 'masking_curve', 'select_curve', 'map_similarity', 'total_variation', 'sharpness', 'gini',
            'sanity_check', 'wilson_interval', 'mean_interval', 'paired_difference', 'bootstrap_interval']
 
-# %% ../nbs/07_metrics.ipynb #60c56b01
+# %% ../nbs/07_metrics.ipynb #18756263
 import copy, math, random
 from contextlib import contextmanager
 from itertools import product
 
 import numpy as np, pandas as pd, torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDataLoader
 
@@ -208,6 +209,15 @@ def _normal(shape, generator):
     u = torch.rand(shape, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
     return (math.sqrt(2)*torch.erfinv(2*u - 1)).float()
 
+# %% ../nbs/07_metrics.ipynb #07f5d258
+def _in_best_layout(model):
+    "The model as a function of images, with channels-last weights where it has max-pooling on the CPU."
+    weights = {k: v for k, v in model.named_parameters() if v.ndim == 4 and v.device.type == 'cpu'}
+    pools = any(isinstance(m, nn.MaxPool2d) for m in model.modules())
+    if not (pools and weights) or isinstance(model, torch.jit.ScriptModule): return model
+    weights = {k: v.detach().contiguous(memory_format=torch.channels_last) for k, v in weights.items()}
+    return lambda x: functional_call(model, weights, (x,))
+
 # %% ../nbs/07_metrics.ipynb #ba3baeef
 def _check_fracs(fracs):
     "Shares in rising order; `BadInput` unless they are distinct and in [0, 1)."
@@ -234,23 +244,23 @@ def _fillers(x, fills, draws):
         return lambda mask: road_fill(x, mask, noise)
     return {o: road() if o == 'road' else paint(o) for o in fills}
 
-# %% ../nbs/07_metrics.ipynb #366f3be3
+# %% ../nbs/07_metrics.ipynb #b8bfb5bf
 @torch.no_grad()
-def _count(model, x, y, methods, orders, fills, levels, draws, kw):
-    "Right answers of one batch as an array methods x orders x fills x levels."
+def _count(model, run, x, y, methods, orders, fills, levels, draws, kw):
+    "Right answers of one batch as an array methods x orders x fills x levels; `run` is the model's forward pass for masked images."
     right = torch.zeros(len(methods), len(orders), len(fills), len(levels), dtype=torch.int64, device=x.device)
     top, filler, clean = int(y.max()), _fillers(x, fills, draws), None
     correct = lambda out: (_check_logits(out, len(y), top).argmax(1) == y).sum()
     for i, (name, m) in enumerate(methods.items()):
         maps, out = _maps(model, x, y, m, draws, kw.get(name, {}))
-        if clean is None and 0 in levels: clean = correct(model(x) if out is None else out)
+        if clean is None and 0 in levels: clean = correct(run(x) if out is None else out)
         for j, order in enumerate(orders):
             rank = pixel_rank(maps, order).to(torch.int32)
             for (f, fill), (l, k) in product(enumerate(fills), enumerate(levels)):
-                right[i, j, f, l] = clean if k == 0 else correct(model(filler[fill](rank < k)))
+                right[i, j, f, l] = clean if k == 0 else correct(run(filler[fill](rank < k)))
     return right
 
-# %% ../nbs/07_metrics.ipynb #d6c16bb0
+# %% ../nbs/07_metrics.ipynb #23204d01
 def _plan(model, attributions, fills, orders, fracs, attr_kw):
     "Every wish checked before any work; returns name -> attribution, and the sorted shares."
     _check_model(model)
@@ -281,11 +291,11 @@ def masking_curves(
     check_range('seed', seed, 0, kind=int)
     check_range('batch_size', batch_size, 1, kind=int)
     draws, n, right = _streams(seed, ('control', 'fill', 'road', 'smoothgrad')), 0, 0
-    p = next(model.parameters(), None)
+    p, run = next(model.parameters(), None), _in_best_layout(model)
     with keep_rng(seed, None if p is None else p.device), eval_mode(model):
         for x, y in _batches(model, dl_or_xy, batch_size):
             levels = [n_masked(f, x.shape[-2]*x.shape[-1]) for f in fracs]
-            right = right + _count(model, x, y, methods, orders, fills, levels, draws, attr_kw)
+            right = right + _count(model, run, x, y, methods, orders, fills, levels, draws, attr_kw)
             n += len(y)
     if not n: raise BadInput("the DataLoader delivers no images; give one that does.")
     names = pd.MultiIndex.from_product([methods, fills, orders, fracs], names=['attribution', 'fill', 'order', 'frac'])

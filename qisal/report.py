@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from .core import BadInput, asset, read_json, write_atomic
 
-# %% ../nbs/12_report.ipynb #2a7dafe1
-_GUIDANCE, _QUANT = ('frac', 'fill', 'lam', 'signed'), ('weight_quantizer', 'per_channel', 'first_last_bits')
+# %% ../nbs/12_report.ipynb #77fd15b3
+_GUIDANCE, _QUANT = ('frac', 'fill', 'lam', 'signed', 'mode'), ('weight_quantizer', 'per_channel', 'first_last_bits')
 
 def run_setting(
     spec:dict, # Fields of a `RunSpec`

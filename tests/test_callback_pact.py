@@ -3,7 +3,7 @@ import numpy as np, pytest, torch
 from torch import nn
 
 import qisal.data  # noqa: F401  (imports fastai without its warnings)
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import *  # noqa: F403  (`fit_one_cycle`, `lr_find`)
@@ -17,7 +17,7 @@ from qisal.callback.pact import PACTCallback
 from qisal.core import BadInput, set_seed
 from qisal.data import get_dls
 from qisal.models import lenet5, resnet20, small_cnn
-from qisal.quant import ALPHA_MIN, PACT, pacts, quant_layers
+from qisal.quant import ALPHA_MIN, PACT, compile_pact, has_compiler, pacts, quant_layers
 
 
 def make(tmp_path, cbs=None, model=None, **kw):
@@ -286,3 +286,34 @@ def test_alpha_is_never_left_below_its_bound(tmp_path):
     learn.fit(1, 1e-3, cbs=See())
     assert min(seen) >= ALPHA_MIN*.999 and min(seen) < 2*ALPHA_MIN
     assert learn.pact.alphas().touched.any()
+
+
+@pytest.mark.parametrize('wish,epochs,compiler,asked', [(None, 300, True, [True]), (None, 1, True, []), (None, 300, False, []), (True, 1, True, [True]), (False, 300, True, [False])])
+def test_long_fits_compile_the_quantizer(tmp_path, monkeypatch, wish, epochs, compiler, asked):
+    "None: from 1,000 steps on and with a compiler (300 epochs have 1,200 steps here); True and False: as said."
+    import qisal.callback.pact as module
+    calls = []
+    monkeypatch.setattr(module, 'compile_pact', lambda on=True: calls.append(on))
+    monkeypatch.setattr(module, 'has_compiler', lambda: compiler)
+    learn = make(tmp_path, PACTCallback(compiled=wish))
+    class Stop(Callback):
+        def before_epoch(self): raise CancelFitException
+    learn.fit(epochs, cbs=Stop())
+    assert calls == asked
+
+
+def test_compiled_training_learns_the_same(tmp_path):
+    if not has_compiler(): pytest.skip('no C++ compiler')
+    try: weights = [torch.cat([p.detach().flatten() for p in _fitted(tmp_path, o).model.parameters()]) for o in (False, True)]
+    finally: compile_pact(False)
+    np.testing.assert_allclose(*weights, atol=1e-4)
+
+
+def _fitted(tmp_path, compiled):
+    learn = make(tmp_path, PACTCallback(compiled=compiled), opt_func=SGD)
+    learn.fit(1, 1e-2)
+    return learn
+
+
+def test_compiled_is_none_or_a_flag():
+    with pytest.raises(BadInput, match="compiled 'yes' is unknown"): PACTCallback(compiled='yes')

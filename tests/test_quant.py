@@ -1,5 +1,5 @@
 """Quantizers and conversion against independent oracles, at their edges, and on torchvision's networks."""
-import copy
+import copy, os, subprocess, sys, tempfile
 
 import numpy as np, pytest, torch
 import torchvision.models as tv
@@ -7,7 +7,7 @@ from torch import nn
 
 from qisal.core import WEIGHT_QUANTIZERS, BadInput
 from qisal.models import get_model, separate_relus, small_cnn
-from qisal.quant import (PACT, ConversionError, InputQuant, apply_quant_config, bake, bit_policy, convert, pact, pacts, quant_config,
+from qisal.quant import (PACT, ConversionError, InputQuant, apply_quant_config, bake, bit_policy, compile_pact, convert, has_compiler, pact, pacts, quant_config,
                          quant_layers, quantize_weight, strip, weight_codes)
 
 devices = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))]
@@ -61,11 +61,82 @@ def test_pact_with_alpha_at_the_maximum_of_the_data():
     assert y.tolist() == [0, 1, 2, 3] and x.grad.tolist() == [1, 1, 1, 0] and alpha.grad.item() == 1
 
 
-def test_pact_keeps_no_copy_of_its_input():
-    "What waits for backward is the input itself."
-    x = torch.randn(1000, requires_grad=True)
-    y = pact(x, torch.tensor(1., requires_grad=True), 4)
-    assert [t.data_ptr() for t in y.grad_fn.saved_tensors] == [x.data_ptr()]
+def test_pact_keeps_one_byte_an_element():
+    "What waits for backward says in which part of the clip an input was, and nothing else."
+    x = torch.tensor([-1., 0., .5, 1., 2.], requires_grad=True)
+    saved, = pact(x, torch.tensor(1., requires_grad=True), 4).grad_fn.saved_tensors
+    assert saved.dtype == torch.uint8 and saved.tolist() == [0, 1, 1, 2, 2]
+
+
+def test_an_infinite_gradient_outside_the_clip_stays_outside():
+    x, alpha = torch.tensor([-1., .5, 3.], requires_grad=True), torch.tensor(1., requires_grad=True)
+    pact(x, alpha, 4).backward(torch.tensor([float('inf'), 2., 3.]))
+    assert x.grad.tolist() == [0, 2, 0] and alpha.grad.item() == 3
+
+
+def test_nothing_is_kept_where_nothing_learns():
+    with torch.no_grad(): y = pact(torch.randn(8, requires_grad=True), torch.tensor(1., requires_grad=True), 4)
+    assert y.grad_fn is None and torch.equal(y, y.clamp(0, 1))
+
+
+@pytest.fixture(scope='module')
+def compiler():
+    if not has_compiler(): pytest.skip('no C++ compiler')
+
+
+@pytest.fixture
+def compiled(compiler):
+    assert compile_pact() is True
+    yield
+    assert compile_pact(False) is False
+
+
+@pytest.mark.parametrize('bits', [2, 4, 8])
+def test_compiled_pact_matches_the_definition(bits, compiled):
+    "All shapes, layouts and types, whether the compiled functions take them or leave them."
+    torch.manual_seed(bits)
+    base = torch.randn(6, 8, 20, 20)*2
+    base.view(-1)[:6] = torch.tensor([0., -0., 2.5, -1e-30, 1e4, -1e4])
+    for x in (base, base.view(-1)[:4096], base.transpose(1, 3), base.to(memory_format=torch.channels_last), base[:, ::2], base.bfloat16(), base.view(60, -1)):
+        x, a = x.detach().requires_grad_(), torch.tensor(2.5, requires_grad=True)
+        g = torch.randn(x.shape).to(x.dtype)
+        y = pact(x, a, bits)
+        y.backward(g)
+        want, dx, da = oracle(x.detach().float().numpy(), np.float32(2.5), bits)
+        assert y.shape == x.shape and torch.equal(y.detach(), torch.tensor(want).to(x.dtype))
+        assert torch.equal(x.grad, g*torch.tensor(dx))
+        np.testing.assert_allclose(a.grad.item(), (g.float().numpy()*da).sum(dtype=np.float64), rtol=1e-3, atol=1e-3)
+
+
+def test_a_gradient_of_another_layout_than_the_input(compiled):
+    x, a = torch.randn(4, 8, 16, 16, requires_grad=True), torch.tensor(1., requires_grad=True)
+    pact(x, a, 4).mean().backward()  # an expanded gradient: one number for all elements
+    inside = (x >= 0) & (x < 1)
+    assert torch.allclose(x.grad, inside/x.numel()) and torch.isclose(a.grad, (x >= 1).float().mean())
+
+
+def test_one_compilation_serves_all_shapes_and_bits(compiled):
+    from torch._dynamo.utils import counters
+    def use(*shape, bits):
+        x = torch.randn(shape, requires_grad=True)
+        pact(x, torch.tensor(1., requires_grad=True), bits).sum().backward()
+    use(4, 8, 16, 16, bits=4)
+    before = counters['stats']['unique_graphs']
+    for shape, bits in (((4, 8, 17, 17), 2), ((128, 128), 8), ((2, 64, 9, 9), 3)): use(*shape, bits=bits)
+    assert counters['stats']['unique_graphs'] == before
+
+
+@pytest.mark.parametrize('cxx,why', [('/nonexistent/g++', 'no C++ compiler found'), ('false', '')])
+def test_a_missing_or_broken_compiler_is_said_and_training_goes_on(cxx, why):
+    "In a process of its own, since what is compiled stays compiled. The second compiler is there but fails at everything."
+    code = ("import warnings, torch\nfrom qisal.quant import compile_pact, pact\n"
+            "with warnings.catch_warnings(record=True) as w:\n    warnings.simplefilter('always'); print(compile_pact())\n"
+            "print([str(o.message) for o in w if 'PACT' in str(o.message)])\n"
+            "x = torch.randn(8192, requires_grad=True); pact(x, torch.tensor(1., requires_grad=True), 4).sum().backward(); print(int(x.grad.sum()) > 0)")
+    with tempfile.TemporaryDirectory() as d:
+        r = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, CXX=cxx, TORCHINDUCTOR_CACHE_DIR=d), capture_output=True, text=True)
+    on, said, went_on = r.stdout.strip().splitlines()
+    assert on == 'False' and went_on == 'True' and "can't compile PACT" in said and why in said and said.count('uncompiled') == 1
 
 
 @pytest.mark.parametrize('method', WEIGHT_QUANTIZERS)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['add_alpha_group', 'PACTCallback', 'clip_shares']
 
-# %% ../../nbs/04_callback.pact.ipynb #922b2d84
+# %% ../../nbs/04_callback.pact.ipynb #cda254fa
 from functools import partial
 import numpy as np, pandas as pd, torch
 from torch import nn
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from ..core import WEIGHT_QUANTIZERS, BadInput, check_in, check_range
 from .. import quant
-from ..quant import BitPolicy, bit_policy, convert, pacts
+from ..quant import BitPolicy, bit_policy, compile_pact, convert, has_compiler, pacts
 
 # %% ../../nbs/04_callback.pact.ipynb #16fe095b
 class _AlphaGroup:
@@ -83,7 +83,7 @@ def _drop_group(opt):
     else: opt.param_lists, opt.hypers = L(opt.param_lists[1:]), L(opt.hypers[1:])
     opt.__class__ = type(opt).__mro__[2]
 
-# %% ../../nbs/04_callback.pact.ipynb #15d7d06d
+# %% ../../nbs/04_callback.pact.ipynb #68c35812
 class PACTCallback(Callback):
     "Quantization-aware training: PACT activations (arXiv 1805.06085) and SAWB (arXiv 1807.06964) or DoReFa weights. `learn.pact` after it is added."
     order, name = -5, 'pact'  # after TrainEvalCallback (-10) has moved the model to its device
@@ -97,6 +97,7 @@ class PACTCallback(Callback):
         alpha_lr:float|None=None, # Constant learning rate of alpha; None: that of the last parameter group
         overrides:dict|None=None, # Name pattern to bits, e.g. {'layer1.*': 8, 'head': (2, 4), 'stem': 32}; 32: float on purpose
         per_channel:bool=False, # One weight scale an output channel instead of one a layer?
+        compiled:bool|None=None, # Compile the activation quantizer (`compile_pact`)? None: for fits of 1,000 steps or more on the CPU, if there is a C++ compiler
     ):
         pair = lambda o: tuple(o) if isinstance(o, (tuple, list)) else (o, o)
         (w0, w1), (a0, a1) = pair(w_bits), pair(a_bits)
@@ -106,6 +107,7 @@ class PACTCallback(Callback):
         check_range('alpha_decay', alpha_decay, 0)
         if alpha_lr is not None: check_range('alpha_lr', alpha_lr, 0)
         self.kwargs = dict(weight_quantizer=weight_quantizer, per_channel=per_channel, alpha_init=alpha_init, overrides=overrides)
+        self.compiled = check_in('compiled', compiled, (None, False, True))
         self.alpha_decay, self.alpha_lr, self.qmodel, self.qdls, self._pacts = alpha_decay, alpha_lr, None, None, []
 
     @classmethod
@@ -120,11 +122,13 @@ class PACTCallback(Callback):
     def before_fit(self):
         if self.qmodel is not self.learn.model: self._convert()
         if self.learn.opt is not None: self._add_group(self.learn.opt)
+        if self.compiled is not None: compile_pact(self.compiled)
+        elif self._pays_to_compile(): compile_pact()
 
     def after_step(self):
         for m in self._pacts: m.bound()
 
-# %% ../../nbs/04_callback.pact.ipynb #2601f5bb
+# %% ../../nbs/04_callback.pact.ipynb #c9e0bb55
 def _one_batch(dls):
     "The images of one validation batch (training, where there is no validation), without moving any random generator."
     with no_random():
@@ -149,6 +153,12 @@ def _make_opt(cb, base, params, **kwargs): return cb._add_group(base(params, **k
 
 @patch
 def _add_group(self:PACTCallback, opt): return add_alpha_group(opt, [m.alpha for m in self._pacts], self.alpha_decay, self.alpha_lr)
+
+@patch
+def _pays_to_compile(self:PACTCallback):
+    "Compiling takes some seconds and saves a few milliseconds a step."
+    steps = self.learn.n_epoch*len(self.learn.dls.train)
+    return steps >= 1000 and next(self.learn.model.parameters()).device.type == 'cpu' and has_compiler()
 
 # %% ../../nbs/04_callback.pact.ipynb #410e119a
 @torch.no_grad()
