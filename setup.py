@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 ASSETS = {  # folder below qisal/assets: the files that go there
-    'templates': lambda: [ROOT/'nbs'/o for o in ('90_experiment.ipynb', '91_study.ipynb')],
+    'templates': lambda: [ROOT/'nbs'/o for o in ('80_benchmark.ipynb', '90_experiment.ipynb', '91_study.ipynb')],
     'samples': lambda: sorted(o for o in (ROOT/'data'/'samples').rglob('*') if o.is_file() and not o.name.startswith('.')),
 }
 

@@ -8,8 +8,8 @@ __all__ = ['ALPHA_MIN', 'pact', 'has_compiler', 'compile_pact', 'PACT', 'n_level
            'quant_layers', 'pacts', 'ConversionError', 'watch', 'convert', 'strip', 'bake', 'quant_config',
            'apply_quant_config']
 
-# %% ../nbs/03_quant.ipynb #e6594481
-import os, shutil, sys, warnings
+# %% ../nbs/03_quant.ipynb #35065fb3
+import logging, os, shutil, sys, warnings
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 import torch
@@ -83,7 +83,7 @@ def pact(
     n, a = 2**bits - 1, alpha.float()
     return _on_grid(x.float(), a/n, n).to(x.dtype)
 
-# %% ../nbs/03_quant.ipynb #45511b09
+# %% ../nbs/03_quant.ipynb #e80e1666
 def has_compiler()->bool:
     "Is there a C++ compiler where `torch.compile` looks for one: `$CXX`, else clang++ on macOS and g++ elsewhere?"
     return shutil.which(os.environ.get('CXX') or ('clang++' if sys.platform == 'darwin' else 'g++')) is not None
@@ -102,6 +102,7 @@ def compile_pact(
 def _compile_and_check():
     "The compiled functions, if they give what the uncompiled ones give."
     if not has_compiler(): raise RuntimeError('no C++ compiler found; install one, or set CXX')
+    logging.getLogger('torch.utils.cpp_extension').addFilter(lambda r: 'No CUDA runtime' not in r.getMessage())  # which nobody asked for
     quantize, gradients = (torch.compile(f, dynamic=True, options={'compile_threads': 1}) for f in (_quantize_flat, _gradients_flat))
     alpha, n, g = torch.tensor(2.5), 15, torch.Generator().manual_seed(0)
     x, grad = (torch.randn(3*_SMALL + 7, generator=g)*2 for _ in range(2))
@@ -148,7 +149,7 @@ def _init_pact(m, bits, alpha, device):
 
 def _plain(x): return x.as_subclass(torch.Tensor) if type(x) is not torch.Tensor else x
 
-# %% ../nbs/03_quant.ipynb #54f86d78
+# %% ../nbs/03_quant.ipynb #23eff01c
 def n_levels(
     bits:int, # 2 to 8
     method:str, # One of `WEIGHT_QUANTIZERS`
@@ -163,9 +164,9 @@ def to_codes(
 )->tuple[torch.Tensor,torch.Tensor]: # Integers `q` (float dtype, shape of `t`) and `scale` (shape of `clip`): `q*scale` is `t` on the grid
     "The nearest level of each value, as an integer; ties go to the even index, values outside the range to its ends."
     top = levels - 1
-    index = ((t + clip) * (top / (2*clip))).round_().clamp_(0, top)
-    if levels % 2: return index - top//2, 2*clip/top
-    return 2*index - top, clip/top
+    index = (t + clip).mul_(top / (2*clip)).round_().clamp_(0, top)
+    if levels % 2: return index.sub_(top//2), 2*clip/top
+    return index.mul_(2).sub_(top), clip/top
 
 # %% ../nbs/03_quant.ipynb #c785529e
 class _ToGrid(torch.autograd.Function):

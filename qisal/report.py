@@ -868,31 +868,13 @@ def make_report(
         return write_atomic(study.folder/'report.html', page)
     except OSError as e: raise BadInput(f"The report can't be written into '{study.folder}' ({e.strerror}); free some space there or make it writable.") from e
 
-# %% ../nbs/12_report.ipynb #cf5142e7
-def _kernel_manager():
-    "A class of kernel managers whose kernels run this interpreter."
-    import sys
-    from jupyter_client.manager import AsyncKernelManager
-    class StudyKernelManager(AsyncKernelManager):
-        def format_kernel_cmd(self, extra_arguments=None):
-            return [sys.executable, '-m', 'ipykernel_launcher', '-f', os.path.realpath(self.connection_file), *(extra_arguments or [])]
-    return StudyKernelManager
-
+# %% ../nbs/12_report.ipynb #998a8266
 def study_notebook(
     folder, # The folder that was given to `qisal study --out`
 )->Path: # `<folder>/study.ipynb`
     "Execute `91_study.ipynb` for a study and keep it in its folder. Raises `BadInput` if the folder holds no study, or no finished run."
-    import papermill, tempfile
-    from traitlets.config import Config
+    from qisal.run import fill_notebook
     folder = Path(folder).resolve()
     if not len(read_study(folder).table): raise BadInput(f"The study '{folder.name}' has no finished run to write about; finish one with qisal study.")
-    template = asset('templates', '91_study.ipynb')
-    with tempfile.TemporaryDirectory(prefix='qisal-') as tmp:
-        out = Path(tmp)/'study.ipynb'
-        config = Config({'KernelManager': {'transport': 'ipc', 'ip': f'{tmp}/ipc', 'connection_file': f'{tmp}/kernel.json'}})
-        papermill.execute_notebook(str(template), str(out), dict(study=folder.name), cwd=str(folder.parent), kernel_name='python3', progress_bar=False, log_output=False,
-                                   kernel_manager_class=_kernel_manager(), config=config)
-        nb = json.loads(out.read_text())
-    nb['metadata'].pop('papermill', None)
-    for c in nb['cells']: c['metadata'].pop('papermill', None)
+    nb = fill_notebook(asset('templates', '91_study.ipynb'), dict(study=folder.name), folder.parent)
     return write_atomic(folder/'study.ipynb', json.dumps(nb, indent=1, ensure_ascii=False) + '\n')

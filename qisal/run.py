@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'RESULTS_FORMAT', 'RESULT_KEYS', 'NEED_BYTES', 'THREAD_VARIABLES', 'grid', 'template_parameters',
            'check_template', 'template_hash', 'fingerprint', 'check_result', 'read_metrics', 'changed_parts', 'is_done',
            'data_checksums', 'RunLock', 'disk_errors', 'check_out', 'RunFailed', 'run_one', 'load_runs', 'summary',
-           'write_summary', 'end_with_parent', 'write_manifest', 'available_cores', 'run_study']
+           'write_summary', 'end_with_parent', 'write_manifest', 'available_cores', 'fill_notebook', 'run_study']
 
 # %% ../nbs/11_run.ipynb #76c4c4b8
 import ast, contextlib, errno, fcntl, hashlib, json, math, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -587,6 +587,25 @@ def _note_death(out, spec, status, said):
         if not (folder/'spec.json').exists(): write_json(folder/'spec.json', spec.to_dict())
         _keep_notebook(folder, 'run.failed.ipynb')
         write_json(folder/'error.json', dict(type='ProcessDied', message=f"the run's process {how}{said}", epoch=None, cell=None))
+
+# %% ../nbs/11_run.ipynb #ac8e18a3
+def fill_notebook(
+    template, # Path of a notebook
+    parameters:dict, # Values for some of its parameters
+    cwd, # Folder in which its kernel works
+    progress:bool=False, # Show the cell that is executed?
+)->dict: # The executed notebook as JSON, without papermill's notes about this machine
+    "Execute a notebook that is no run of a study: no lock, no result file. Raises what papermill raises when a cell fails."
+    import logging, papermill
+    from traitlets.config import Config
+    logging.getLogger('papermill').setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory(prefix='qisal-') as tmp, open(f'{tmp}/log.txt', 'w') as log, _environment(dict(MPLBACKEND=None)):
+        papermill.execute_notebook(str(template), f'{tmp}/filled.ipynb', parameters, cwd=str(cwd), kernel_name='python3', language='python', progress_bar=progress,
+            kernel_manager_class=_kernel_manager(log.fileno(), log), shutdown_kernel='immediate',
+            config=Config({'KernelManager': {'transport': 'ipc', 'ip': f'{tmp}/ipc', 'connection_file': f'{tmp}/kernel.json'}}))
+        nb = json.loads(Path(tmp, 'filled.ipynb').read_text())
+    for o in (nb, *nb['cells']): o['metadata'].pop('papermill', None)
+    return nb
 
 # %% ../nbs/11_run.ipynb #36d33322
 def run_study(

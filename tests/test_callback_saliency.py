@@ -17,6 +17,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import TensorCategory, TensorImage
+from qisal import quant
 from qisal.callback.pact import PACTCallback
 from qisal.callback.saliency import SaliencyMaskingCallback, SaliencyProgressCallback, masked_kl, no_running_stats
 from qisal.quant import BitPolicy, convert
@@ -111,13 +112,19 @@ def test_exact_mode_is_the_reference(options, n_in, norm):
     close(got['buffers'], want['buffers'])
 
 
+@pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'compiled'])
 @pytest.mark.parametrize('options', [dict(), dict(saliency_pass='eval', fill='mean'), dict(kl_target='detached', score='log_prob')], ids=str)
-def test_exact_mode_is_the_reference_with_pact(options):
+def test_exact_mode_is_the_reference_with_pact(options, compiled, monkeypatch):
+    "The reference is never compiled."
+    if compiled and not quant.has_compiler(): pytest.skip('no C++ compiler')
+    monkeypatch.setattr(quant, '_SMALL', 2)
     torch.manual_seed(1)
     xb, yb = data(12)
     model = convert(Net(), BitPolicy((4, 4), (2, 2), 8), xb)
     twin = copy.deepcopy(model)
-    got, _ = one_step(model, SaliencyMaskingCallback(**options), xb, yb)
+    assert quant.compile_pact(compiled) is compiled
+    try: got, _ = one_step(model, SaliencyMaskingCallback(**options), xb, yb)
+    finally: quant.compile_pact(False)
     torch.manual_seed(7)
     want = ref.step(twin.train(), xb, yb, nn.CrossEntropyLoss(), **options)
     assert abs(got['loss'] - want['loss']) < 1e-5 and want['kl'] > 1e-3

@@ -15,7 +15,7 @@ def refused(r, *words):
     assert r.stdout == '' and r.stderr.startswith('qisal: error: ') and r.stderr.count('\n') == 1, r.stderr
     for o in words: assert o in r.stderr, r.stderr
 
-COMMANDS = ('study', 'run', 'report', 'data', 'explain')
+COMMANDS = ('study', 'run', 'report', 'data', 'explain', 'bench')
 
 def test_help_lists_all_commands():
     r = qisal('--help')
@@ -38,7 +38,7 @@ def test_no_command_shows_help(): assert 'Commands:' in (r := qisal()).stdout + 
     (['--bits', '4,,2'], ['--bits', 'empty element']), (['--bits', ''], ['--bits']), (['--guided', 'maybe'], ['maybe', 'off, on']), (['--seeds', '-1'], ['seed is -1']),
     (['--seeds', 'a'], ['--seeds', "'a'", 'whole numbers']), (['--arch', 'vgg'], ['vgg', 'resnet20']), (['--epochs', '0'], ['epochs is 0']), (['--epochs', '-3'], ['epochs is -3']),
     (['--epochs', 'x'], ['--epochs']), (['--jobs', '0'], ['jobs is 0']), (['--jobs', '-2'], ['jobs is -2']), (['--threads', '0'], ['threads is 0']), (['--frac', '0'], ['frac is 0']),
-    (['--frac', '1'], ['frac is 1']), (['--frac', 'nan'], ['frac']), (['--n-train', '0'], ['n_train is 0']), (['--n-train', '2000000'], ['n_train is 2000000']), (['--attributions', 'lime'], ['lime', 'gradient']),
+    (['--frac', '1'], ['frac is 1']), (['--mode', 'quick'], ['mode', 'quick', 'exact, fast']), (['--frac', 'nan'], ['frac']), (['--n-train', '0'], ['n_train is 0']), (['--n-train', '2000000'], ['n_train is 2000000']), (['--attributions', 'lime'], ['lime', 'gradient']),
     (['--template', 'none.ipynb'], ['none.ipynb']), (['--epoch', '3'], ['--epoch']), (['--datasets', 'folder:none'], ['none']), (['extra'], ['extra'])], ids=lambda o: ' '.join(o) if o and o[0][:1] == '-' else '')
 def test_study_refuses_before_anything(tmp_path, args, words):
     refused(qisal('study', '--out', tmp_path/'study', *args), *words)

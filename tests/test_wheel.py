@@ -40,7 +40,7 @@ def meta(built):
 
 def test_wheel_holds_the_library_and_its_assets(names):
     want = {o.relative_to(ROOT).as_posix() for o in (ROOT/'qisal').rglob('*.py')}
-    want |= {f'qisal/assets/templates/{o}' for o in ('90_experiment.ipynb', '91_study.ipynb')}
+    want |= {f'qisal/assets/templates/{o}' for o in ('80_benchmark.ipynb', '90_experiment.ipynb', '91_study.ipynb')}
     samples = [o for o in (ROOT/'data'/'samples').rglob('*') if o.is_file()]
     assert samples
     want |= {f"qisal/assets/samples/{o.relative_to(ROOT/'data'/'samples').as_posix()}" for o in samples}
@@ -56,7 +56,7 @@ def test_wheel_is_small(built): assert built[1].stat().st_size < 6 * 2**20
 
 def test_assets_are_the_files_of_the_checkout(built):
     z = zipfile.ZipFile(built[1])
-    for o in ('90_experiment.ipynb', '91_study.ipynb'): assert z.read(f'qisal/assets/templates/{o}') == (ROOT/'nbs'/o).read_bytes()
+    for o in ('80_benchmark.ipynb', '90_experiment.ipynb', '91_study.ipynb'): assert z.read(f'qisal/assets/templates/{o}') == (ROOT/'nbs'/o).read_bytes()
 
 def test_metadata(meta, built):
     s = settings()
@@ -75,7 +75,7 @@ def test_metadata(meta, built):
 def test_source_archive_is_enough(built):
     "The wheel was made from it; it holds what a build needs and no results."
     with tarfile.open(built[0]) as t: inside = {o.split('/', 1)[-1] for o in t.getnames()}
-    assert {'settings.ini', 'setup.py', 'pyproject.toml', 'LICENSE', 'nbs/90_experiment.ipynb', 'nbs/91_study.ipynb'} <= inside
+    assert {'settings.ini', 'setup.py', 'pyproject.toml', 'LICENSE', 'nbs/80_benchmark.ipynb', 'nbs/90_experiment.ipynb', 'nbs/91_study.ipynb'} <= inside
     assert not [o for o in inside if o.startswith(('reports', 'tests', '.venv', 'data/cache'))]
 
 def test_wheel_straight_from_the_checkout_is_the_same(names, tmp_path):
