@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ALPHA_MIN', 'pact', 'has_compiler', 'compile_pact', 'PACT', 'n_levels', 'to_codes', 'sawb_clip', 'dorefa_normalise',
            'quantize_weight', 'weight_codes', 'InputQuant', 'BitPolicy', 'bit_policy', 'QConv2d', 'QLinear',
-           'quant_layers', 'pacts', 'ConversionError', 'watch', 'convert', 'strip', 'bake', 'quant_config',
-           'apply_quant_config']
+           'quant_layers', 'pacts', 'ConversionError', 'watch', 'convert', 'best_alpha', 'calibrate', 'strip', 'bake',
+           'quant_config', 'apply_quant_config']
 
 # %% ../nbs/03_quant.ipynb #35065fb3
 import logging, os, shutil, sys, warnings
@@ -545,6 +545,41 @@ def _to_float(m):
     for o in ('alpha', 'touched', 'input_quant'):
         if hasattr(m, o): delattr(m, o)
     return m
+
+# %% ../nbs/03_quant.ipynb #afa228dc
+@torch.no_grad()
+def best_alpha(
+    x:torch.Tensor, # Values that reach a PACT, any shape
+    bits:int, # 2 to 8
+    n_candidates:int=200, # Clipping levels tried, evenly spaced up to the largest value
+)->float: # The clipping level with the least squared error; `ALPHA_MIN` where no value is above 0
+    "The alpha for which PACT changes the positive values of `x` least, on a histogram of 4,096 bins."
+    x, n = x[x > 0].float(), 2**bits - 1
+    if not len(x) or (top := x.max().item()) <= ALPHA_MIN: return ALPHA_MIN
+    centre = (torch.arange(4096, device=x.device) + .5)*(top/4096)
+    counts = torch.histc(x, 4096, 0, top)
+    alphas = torch.arange(1, n_candidates + 1, device=x.device)*(top/n_candidates)
+    step = alphas[:, None]/n
+    error = ((centre/step).round().clamp(max=n)*step - centre).square()@counts
+    return max(alphas[error.argmin()].item(), ALPHA_MIN)
+
+@torch.no_grad()
+def calibrate(
+    model:nn.Module, # Converted model; its alphas are set, its mode is restored
+    xb:torch.Tensor, # Normalised images, `N x C x H x W`, some hundreds
+)->nn.Module: # `model`
+    "Set every alpha to its best value for these images, layer by layer in one pass: each layer sees what the quantized layers before it give."
+    found = pacts(model).values()
+    if not found: raise BadInput("The model holds no PACT; convert it first (qisal.quant.convert).")
+    hooks, modes = [], {m: m.training for m in model.modules()}
+    def fit(m, args): m.alpha.data.fill_(best_alpha(args[0], m.bits))
+    try:
+        hooks = [m.register_forward_pre_hook(fit) for m in found]
+        model.eval()(_plain(xb).to(next(model.parameters()).device))
+    finally:
+        for h in hooks: h.remove()
+        for m, training in modes.items(): m.training = training
+    return model
 
 # %% ../nbs/03_quant.ipynb #a8c325ee
 def strip(

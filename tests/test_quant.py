@@ -7,7 +7,7 @@ from torch import nn
 
 from qisal.core import WEIGHT_QUANTIZERS, BadInput
 from qisal.models import get_model, separate_relus, small_cnn
-from qisal.quant import (PACT, ConversionError, InputQuant, apply_quant_config, bake, bit_policy, compile_pact, convert, has_compiler, pact, pacts, quant_config,
+from qisal.quant import (ALPHA_MIN, PACT, ConversionError, InputQuant, apply_quant_config, bake, best_alpha, bit_policy, calibrate, compile_pact, convert, has_compiler, pact, pacts, quant_config,
                          quant_layers, quantize_weight, strip, weight_codes)
 
 devices = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))]
@@ -268,3 +268,35 @@ def test_touched_is_remembered_and_alpha_recovers():
         (m(torch.full((4,), 2.)) - 2).square().mean().backward()
         opt.step()
     assert m.touched and m.alpha.item() > 1
+
+
+@pytest.mark.parametrize('arch,shape', [('lenet5', (16, 1, 28, 28)), ('resnet20', (8, 3, 32, 32))])
+def test_calibration_sees_what_the_quantized_layers_before_give(arch, shape):
+    "The same as setting one alpha after the other, each on the inputs of a pass of its own."
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    model = convert(get_model(arch, n_in=shape[1], size=shape[2]), bit_policy('4/2'), x)
+    twin = copy.deepcopy(model)
+    calibrate(model, x)
+    assert model.training and all(m.training for m in model.modules())
+    twin.eval()
+    order, seen = [], {}
+    hooks = [m.register_forward_pre_hook(lambda m, a: (order.append(m), seen.__setitem__(m, a[0]))) for m in pacts(twin).values()]
+    with torch.no_grad():
+        twin(x)
+        run = list(order)
+        for m in run:
+            twin(x)
+            m.alpha.fill_(best_alpha(seen[m], m.bits))
+    for h in hooks: h.remove()
+    assert [m.alpha.item() for m in pacts(model).values()] == [m.alpha.item() for m in pacts(twin).values()]
+    assert len({m.alpha.item() for m in pacts(model).values()}) > 2
+
+
+@pytest.mark.parametrize('bits', [2, 4, 8])
+def test_best_alpha_at_its_edges(bits):
+    assert best_alpha(torch.zeros(5), bits) == best_alpha(-torch.ones(5), bits) == ALPHA_MIN
+    assert best_alpha(torch.full((5,), 3.), bits) == pytest.approx(3., rel=.02)
+    assert best_alpha(torch.rand(4096, dtype=torch.bfloat16), bits) <= 1
+    grid = torch.arange(2**bits)*.5  # values that are on a grid already: nothing has to change
+    assert best_alpha(grid, bits) == pytest.approx(grid.max().item(), rel=.02)
