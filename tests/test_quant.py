@@ -281,7 +281,10 @@ def test_calibration_sees_what_the_quantized_layers_before_give(arch, shape):
     assert model.training and all(m.training for m in model.modules())
     twin.eval()
     order, seen = [], {}
-    hooks = [m.register_forward_pre_hook(lambda m, a: (order.append(m), seen.__setitem__(m, a[0]))) for m in pacts(twin).values()]
+    def note(m, args):
+        order.append(m)
+        seen[m] = args[0]
+    hooks = [m.register_forward_pre_hook(note) for m in pacts(twin).values()]
     with torch.no_grad():
         twin(x)
         run = list(order)
