@@ -8,9 +8,9 @@ __all__ = ['ROWS', 'GROUPS', 'PEERS', 'Row', 'check_wishes', 'interleave', 'rati
            'peak_bytes', 'in_new_process', 'import_seconds', 'time_study', 'growth', 'results_frame', 'plot_rows',
            'run_benchmark']
 
-# %% ../nbs/80_benchmark.ipynb #74660a2a
+# %% ../nbs/80_benchmark.ipynb #765825be
 import importlib.util, json, os, subprocess, sys, tempfile, time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -161,7 +161,7 @@ def study_steps(
         steps[name] = make_step(make_learner(dls, model(), cbs), compiled='pact' in name and name != 'pact_eager')
     return steps
 
-# %% ../nbs/80_benchmark.ipynb #6a828a35
+# %% ../nbs/80_benchmark.ipynb #29a62602
 def brevitas_learner(dls):
     import brevitas.nn as qnn
     from torch import nn
@@ -184,6 +184,15 @@ def fasterai_learner(dls):
 
 PEERS = dict(brevitas=('brevitas', brevitas_learner), fms=('fms_mo', fms_learner), fasterai=('fasterai', fasterai_learner))  # row -> (module, learner)
 
+@contextmanager
+def _undisturbed():
+    "Keep what other libraries print while they build a network out of the notebook."
+    import io, logging, warnings
+    logging.getLogger('torch.utils.cpp_extension').addFilter(lambda r: 'No CUDA runtime' not in r.getMessage())
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter('ignore')
+        yield
+
 def peer_steps(
     dls, # Data
 )->tuple: # (name -> step, name -> why not)
@@ -195,7 +204,8 @@ def peer_steps(
             for name, (module, learner) in PEERS.items():
                 if importlib.util.find_spec(module) is None: absent[name] = 'not installed'
                 else:
-                    try: steps[name] = make_step(learner(dls))
+                    try:
+                        with _undisturbed(): steps[name] = make_step(learner(dls))
                     except Exception as e: absent[name] = f'installed, but fails: {type(e).__name__}: {e}'[:200]  # another library's error is a finding, not ours to raise
         finally: os.chdir(home)
     return steps, absent

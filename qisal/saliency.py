@@ -181,26 +181,20 @@ def _random(model, xb, yb, o):
     g = o['generator']
     return torch.rand(xb.shape, generator=g, device=g.device if g else xb.device).to(xb)
 
-# %% ../nbs/05_saliency.ipynb #71f3e177
-@contextmanager
-def _seeded(generator, device):
-    "Seed torch's own generators from `generator` inside, restore them after; without one do nothing."
-    if generator is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
-        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device=generator.device)))
-        yield
-
+# %% ../nbs/05_saliency.ipynb #d9dcf747
 def _smoothgrad(model, xb, yb, o):
+    "Smilkov et al. 2017 (arXiv 1706.03825): the mean gradient of noisy copies; the noise is a share of each image's range."
     span = xb.amax((1, 2, 3), keepdim=True) - xb.amin((1, 2, 3), keepdim=True)
-    span = torch.where(span > 0, span, 1.)
-    f = _forward(model, o['score'])
-    tunnel = _captum().NoiseTunnel(_captum().Saliency(lambda z, s: f(z*s)))
-    per_pass = min(o['n_samples'], max(1, o['batch_size']//len(xb)))
-    with _seeded(o['generator'], xb.device):
-        return tunnel.attribute(_leaf(xb/span), nt_type='smoothgrad', nt_samples=o['n_samples'], nt_samples_batch_size=per_pass,
-            stdevs=float(o['noise']), abs=False, target=yb, additional_forward_args=(span,))/span
+    std = o['noise']*torch.where(span > 0, span, 1.)
+    g, left, total = o['generator'], o['n_samples'], torch.zeros_like(xb)
+    while left:
+        n = min(left, max(1, o['batch_size']//len(xb)))
+        x, sd = (t.repeat_interleave(n, 0) for t in (xb, std))
+        noise = torch.randn(x.shape, generator=g, device=g.device if g else x.device).to(x)
+        grad = saliency_gradient(model, x.addcmul(noise, sd), yb.repeat_interleave(n), o['score'])
+        total += grad.view(len(xb), n, *xb.shape[1:]).sum(1)
+        left -= n
+    return total/o['n_samples']
 
 # %% ../nbs/05_saliency.ipynb #07fe2ad1
 def _integrated_gradients(model, xb, yb, o):

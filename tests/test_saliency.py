@@ -324,3 +324,18 @@ def test_captum_is_imported_only_when_needed():
     import subprocess
     code = "import sys, torch, qisal.saliency as s; s.attribute(torch.nn.Flatten(), torch.zeros(1, 1, 2, 2), torch.tensor([0])); assert 'captum' not in sys.modules"
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@pytest.mark.parametrize('batch_size', [4, 12, 1000])
+def test_smoothgrad_is_captums_where_all_images_have_the_same_range(batch_size):
+    "The same noise from the same seed: Captum's one deviation for the batch is then every image's own."
+    from captum.attr import NoiseTunnel, Saliency
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4*36, 3)).eval()
+    xb, yb = torch.rand(4, 2, 8, 8), torch.tensor([0, 1, 2, 1])
+    xb[:, 0, 0, 0], xb[:, 0, 0, 1] = 0., 1.
+    torch.manual_seed(5)
+    got = attribute(model, xb, yb, 'smoothgrad', n_samples=7, noise=.2, batch_size=batch_size)
+    torch.manual_seed(5)
+    want = NoiseTunnel(Saliency(model)).attribute(xb, nt_type='smoothgrad', nt_samples=7, nt_samples_batch_size=min(7, batch_size//4), stdevs=.2, abs=False, target=yb)
+    torch.testing.assert_close(got, want.detach(), atol=1e-6, rtol=1e-4)
