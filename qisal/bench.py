@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ROWS', 'GROUPS', 'PEERS', 'Row', 'check_wishes', 'interleave', 'ratio', 'missing', 'make_dls', 'make_learner',
            'make_step', 'study_steps', 'brevitas_learner', 'fms_learner', 'fasterai_learner', 'peer_steps', 'quiet',
-           'peak_bytes', 'in_new_process', 'import_seconds', 'time_study', 'growth', 'results_frame', 'plot_rows',
-           'run_benchmark']
+           'peak_bytes', 'in_new_process', 'import_seconds', 'time_study', 'growth', 'plot_scaling', 'results_frame',
+           'plot_rows', 'run_benchmark']
 
-# %% ../nbs/80_benchmark.ipynb #765825be
-import importlib.util, json, os, subprocess, sys, tempfile, time
+# %% ../nbs/80_benchmark.ipynb #b6a50ce3
+import importlib.util, json, os, subprocess, sys, tempfile, textwrap, time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -271,6 +271,28 @@ def growth(
 )->float: # The power p in cost ~ size**p, from the larger half of the sizes, where fixed costs count less
     half = max(2, (len(sizes) + 1)//2)
     return float(np.polyfit(np.log(sizes[-half:]), np.log(cost[-half:]), 1)[0])
+
+# %% ../nbs/80_benchmark.ipynb #abb77510
+def plot_scaling(
+    scaling:dict, # Title -> `x`, `y` (labels), `sizes`, `series` (name -> costs), `growth` (name -> power), as in `bench.json`
+): # A matplotlib figure
+    "A panel for each quantity, both axes logarithmic, with the power in the legend."
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
+    n = len(scaling)
+    fig, axs = plt.subplots(-(-n//2), 2, figsize=(10, 3.4*(-(-n//2))), layout='constrained', squeeze=False)
+    for ax, (title, d) in zip(axs.flat, scaling.items()):
+        for (name, v), marker in zip(d['series'].items(), 'osD^'): ax.loglog(d['sizes'], v, marker=marker, label=f"{name}: power {d['growth'][name]:.2f}")
+        ax.set(title=textwrap.fill(title, 44), xlabel=d['x'], ylabel=d['y'], xticks=d['sizes'], xticklabels=[f'{o:,}' for o in d['sizes']])
+        lo, hi = ax.get_ylim()
+        ax.set_ylim(lo/1.6, hi*2.2)
+        ax.minorticks_off()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(lambda v, _: f'{v:g}')
+        ax.legend(fontsize=9)
+    for ax in axs.flat[n:]: ax.set_visible(False)
+    plt.close(fig)
+    return fig
 
 # %% ../nbs/80_benchmark.ipynb #f557a434
 def results_frame(
