@@ -15,7 +15,7 @@ def refused(r, *words):
     assert r.stdout == '' and r.stderr.startswith('qisal: error: ') and r.stderr.count('\n') == 1, r.stderr
     for o in words: assert o in r.stderr, r.stderr
 
-COMMANDS = ('study', 'run', 'report', 'data', 'explain', 'bench')
+COMMANDS = ('study', 'run', 'report', 'data', 'explain', 'export', 'bench')
 
 def test_help_lists_all_commands():
     r = qisal('--help')
@@ -153,3 +153,30 @@ def test_explain_refuses(studied, tmp_path):
     refused(qisal('explain', tmp_path/'ok.png', '--model', run/'model', '--out', tmp_path/'o.jpg'), '.png')
     refused(qisal('explain', tmp_path/'ok.png', '--model', run/'model', '--out', tmp_path/'no'/'o.png'), 'no folder')
     assert not (tmp_path/'o.png').exists()
+
+
+def test_export_of_a_run_and_of_a_model_folder(tmp_path):
+    import torch
+    from qisal.data import get_dls
+    from qisal.deploy import load_model, save_model
+    from qisal.models import lenet5
+    from qisal.quant import bake, bit_policy, convert
+    torch.manual_seed(0)
+    dls = get_dls('mnist', sample=True)
+    xb = dls.one_batch()[0]
+    net = convert(lenet5(), bit_policy('2'), xb, input_range=dls.train.input_range).eval()
+    (tmp_path/'run').mkdir()
+    save_model(net, tmp_path/'run'/'model', classes=dls.vocab, n_in=1, size=28, stats=dls.stats)
+    for source in ('run', 'run/model'):
+        r = qisal('export', source, '--out', 'small', cwd=tmp_path, PYTHONPATH=str(Path(__file__).parents[1]))
+        assert r.returncode == 0 and 'model.onnx' in r.stdout and 'model: small' in r.stdout, r.stderr
+    with torch.no_grad(): assert torch.equal(load_model(tmp_path/'small')[0](xb), bake(net)(xb))
+
+@pytest.mark.parametrize('source,args,words', [('nowhere', [], ['nowhere']), ('float', [], ['float network', 'PACTCallback']), ('float', ['--opset', '20'], []), ('empty', [], ['empty'])], ids=str)
+def test_export_refuses_and_leaves_nothing(tmp_path, source, args, words):
+    from qisal.deploy import save_model
+    from qisal.models import lenet5
+    save_model(lenet5(), tmp_path/'float', classes=list('0123456789'), n_in=1, size=28, stats=([.5], [.5]))
+    (tmp_path/'empty').mkdir()
+    refused(qisal('export', tmp_path/source, '--out', tmp_path/'out', *args), *words)
+    assert not (tmp_path/'out').exists()
