@@ -107,7 +107,7 @@ FAULTS = {
     'pickle by content': (put('notes', pickle.dumps({})), 'notes .* is a pickle'),
     'pickle as torch saves it': (lambda d: torch.save({'a': 1}, d/'weights.bin'), 'weights.bin .* is a pickle'),
     'path outside': (forge(lambda c: c['files'].update({'../x': dict(sha256='', bytes=0)})), 'outside of the folder'),
-    'unknown weights': (forge(lambda c: c['weights'].update(kind='packed')), "kind of weights 'packed' is unknown"),
+    'unknown weights': (forge(lambda c: c['weights'].update(kind='pickled')), "kind of weights 'pickled' is unknown"),
     'weights not listed': (forge(lambda c: c.update(files={})), "doesn't list its weights"),
     'missing entry': (forge(lambda c: c.pop('quant')), 'lacks quant'),
     'layer without bits': (forge(lambda c: c['quant']['layers']['0'].pop('w_bits')), "config.json doesn't describe the network fully"),

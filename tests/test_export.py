@@ -1,0 +1,354 @@
+"The integer network, its ONNX file and the packed weights: for every architecture, policy and quantizer of the study."
+import itertools, json, shutil
+import numpy as np
+import onnx, onnxruntime
+import pytest, torch
+from torch import nn
+import qisal.deploy as deploy
+from qisal.core import BadInput
+from qisal.data import sample_arrays
+from qisal.deploy import (IntLayer, IntSum, IntWeights, export_model, first_difference, float_onnx, fold_batchnorm, integer_network, layer_codes,
+    load_model, onnx_graph_ops, pack_codes, to_onnx, unpack_codes)
+from qisal.models import get_model
+from qisal.quant import InputQuant, PACT, bake, bit_policy, convert, quant_layers
+
+FACTS = dict(classes=[str(i) for i in range(10)], n_in=1, size=28, stats=([.1307], [.3081]))
+RANGE = (-.1307/.3081, (1 - .1307)/.3081)
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+def digits(n, size=28):
+    x = torch.from_numpy(sample_arrays('mnist').x_test[:n]).permute(0, 3, 1, 2).float()/255
+    return (x - .1307)/.3081
+
+def calibrate(model, xb):
+    "Give each PACT an alpha that some of its inputs reach, in one pass from front to back."
+    def hook(m, x):
+        positive = x[0][x[0] > 0]
+        if len(positive): m.alpha.data.fill_(positive[:200_000].quantile(.98).item())
+    hooks = [m.register_forward_pre_hook(hook) for m in model.modules() if isinstance(m, PACT)]
+    with torch.no_grad(): model.eval()(xb)
+    for h in hooks: h.remove()
+    return model
+
+def network(arch='small_cnn', bits='4', seed=0, **kw):
+    "A random network whose batch norms and alphas fit its activations; some gammas are negative, one is zero."
+    torch.manual_seed(seed)
+    x = digits(64)
+    m = convert(get_model(arch, 10, 1, 28), bit_policy(bits), x, input_range=RANGE, **kw)
+    with torch.no_grad():
+        for o in m.modules():
+            if isinstance(o, nn.BatchNorm2d):
+                o.weight.uniform_(.5, 1.5); o.bias.normal_(0, .3); o.weight[1] *= -1; o.momentum = None
+        m.train()(x)
+    return calibrate(m, x)
+
+def session(path, threads=1):
+    o = onnxruntime.SessionOptions()
+    o.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), o, providers=['CPUExecutionProvider'])
+
+def run(path, x): return session(path).run(None, {'image': np.asarray(x)})[0]
+
+def bias_error(net):
+    "Name of each layer with an integer bias to the largest part of an output step by which rounding the bias can move its result."
+    res = {}
+    for s in net.steps:
+        if isinstance(s, IntLayer) and s.grid: res[s.name] = float((s.weights.grid.scale*s.w_scale).max()/s.grid.scale/2)
+    return res
+
+ALL = list(itertools.product(('small_cnn', 'lenet5', 'resnet20'), ('2', '4', '4/2', 'w2a4', 'w4a2', '8'), ('sawb', 'sawb_zero', 'dorefa'), (False, True)))
+
+@pytest.mark.parametrize('arch,bits,quantizer,per_channel', ALL, ids=['-'.join(map(str, o)).replace('/', '_') for o in ALL])
+def test_torch_integers_and_onnx_agree(tmp_path, arch, bits, quantizer, per_channel):
+    m = network(arch, bits, weight_quantizer=quantizer, per_channel=per_channel)
+    x = digits(200 if arch == 'lenet5' else 32)
+    net = integer_network(m, (1, 28, 28))
+    got = net(x)
+    # 1. where torch and the integers part, it was a tie, within the grid of the bias
+    differ = first_difference(m, net, x)
+    if differ: assert differ['tie'] <= bias_error(net).get(differ['layer'], 0) + 2e-4*2**(bits == '8'), differ
+    with torch.no_grad(): want = m(x).numpy()
+    assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > .999
+    # 2. onnxruntime gives the same logits, bit for bit, also for one image
+    path = to_onnx(net, tmp_path/'m.onnx')
+    assert np.array_equal(run(path, x), got) and np.array_equal(run(path, x[:1]), got[:1])
+    # 3. and does so with integers
+    ops = onnx_graph_ops(path)
+    assert not {'Conv', 'FusedConv', 'Gemm', 'FusedGemm', 'MatMul', 'Gather', 'BitShift'} & set(ops), ops
+    layers = len(quant_layers(m))
+    assert ops.get('QLinearConv', 0) + ops.get('QGemm', 0) + ops.get('ConvInteger', 0) + ops.get('MatMulInteger', 0) == layers
+    assert ('ConvInteger' in ops) == (arch == 'resnet20')
+
+@pytest.mark.parametrize('arch,bits', [('small_cnn', '4'), ('small_cnn', '2'), ('lenet5', '4/2'), ('resnet20', '2'), ('resnet18', '4')])
+def test_every_layer_of_the_onnx_graph(tmp_path, arch, bits):
+    net, x = integer_network(network(arch, bits), (1, 28, 28)), digits(3)
+    m = onnx.load(to_onnx(net, tmp_path/'m.onnx'))
+    made = {o for n in m.graph.node for o in n.output}
+    codes = net.codes(x)
+    names = [k for k in codes if k in made and k != 'logits']
+    assert len(names) >= len(codes) - 2  # all but the logits and a clip that waits for its pooling
+    kind = {np.dtype('uint8'): onnx.TensorProto.UINT8, np.dtype('int32'): onnx.TensorProto.INT32}
+    for k in names: m.graph.output.append(onnx.helper.make_tensor_value_info(k, kind[codes[k].dtype], None))
+    onnx.save(m, tmp_path/'open.onnx')
+    for k, v in zip(names, session(tmp_path/'open.onnx').run(names, {'image': x.numpy()})): assert np.array_equal(v, codes[k]), k
+
+@pytest.mark.parametrize('bits', ['3', '5'])
+def test_odd_widths(tmp_path, bits):
+    m = network('lenet5', '4')
+    m = convert(m, deploy_policy(int(bits)), digits(4), input_range=RANGE)
+    net, x = integer_network(m, (1, 28, 28)), digits(50)
+    path = to_onnx(net, tmp_path/'m.onnx')
+    assert np.array_equal(run(path, x), net(x)) and not {'Gather', 'Conv'} & set(onnx_graph_ops(path))
+    weights = sum(o.weight.numel() for n, o in quant_layers(m).items() if o.w_bits != 8)
+    assert path.stat().st_size < 13_000 + weights*int(bits)/8
+
+def deploy_policy(bits):
+    from qisal.quant import BitPolicy
+    return BitPolicy((bits, bits), (bits, bits), 8)
+
+# --- saturation: what AVX2 without VNNI would do with signed weights ---
+
+def pair_sum(w, n):
+    "Largest sum of two products of inputs up to `n` with two weights of one output channel (`vpmaddubsw` holds 16 bits)."
+    rows = np.sort(w.astype(np.int64).reshape(len(w), -1), 1)
+    return max(abs(int(rows[:, :2].sum(1).min())), int(rows[:, -2:].sum(1).max()))*n
+
+def stored_weights(path, tmp):
+    "The weights that onnxruntime multiplies: operator, name of the layer's input, array."
+    o = onnxruntime.SessionOptions()
+    o.optimized_model_filepath, o.log_severity_level = str(tmp/'o.onnx'), 3
+    onnxruntime.InferenceSession(str(path), o, providers=['CPUExecutionProvider'])
+    g = onnx.load(tmp/'o.onnx').graph
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in g.initializer}
+    at = dict(QLinearConv=3, QGemm=3, ConvInteger=1, MatMulInteger=1)
+    return [(n.op_type, arrays[n.input[at[n.op_type]]]) for n in g.node if n.op_type in at]
+
+def adversarial(bits):
+    "Every code at the end of its grid, with signs that add up."
+    m = bake(network('small_cnn', bits))
+    with torch.no_grad():
+        for o in quant_layers(m).values():
+            o.weight.copy_(o.weight.abs().max()*torch.where(torch.arange(len(o.weight)) % 3 == 0, -1., 1.).view(-1, *[1]*(o.weight.dim() - 1)))
+            o.weight[:, ::7] = o.weight.abs().min()*(1/127 if o.w_bits == 8 else 1/(2**o.w_bits - 1))  # one small weight fixes the scale
+    return m
+
+@pytest.mark.parametrize('bits', ['2', '4', '8', 'w2a4', 'w4a2'])
+def test_no_pair_of_products_saturates(tmp_path, bits):
+    for m in (network('small_cnn', bits), adversarial(bits)):
+        net = integer_network(m, (1, 28, 28))
+        path = to_onnx(net, tmp_path/'m.onnx')
+        tops = [s.weights.grid.n for s in net.steps if isinstance(s, IntLayer)]
+        found = stored_weights(path, tmp_path)
+        assert len(found) == len(tops)
+        for n, (op, w) in zip(tops, found):
+            assert w.dtype == np.uint8 or pair_sum(w.T if op == 'QGemm' and w.shape[0] > w.shape[1] else w, n) <= 32767, (op, n)
+        x = torch.full((4, 1, 28, 28), RANGE[1])
+        assert np.array_equal(run(path, x), net(x))
+    assert {w.dtype for _, w in found} == ({np.dtype('uint8'), np.dtype('int8')} if bits != '8' else {np.dtype('uint8')})
+    assert any(pair_sum((w.astype(int) - 128), 255) > 32767 for _, w in found if w.dtype == np.uint8)  # signed ones would have
+
+def test_session_option_for_exact_products_changes_nothing(tmp_path):
+    net, x = integer_network(network('small_cnn', '4'), (1, 28, 28)), digits(20)
+    path, o = to_onnx(net, tmp_path/'m.onnx'), onnxruntime.SessionOptions()
+    o.add_session_config_entry('session.x64quantprecision', '1')
+    s = onnxruntime.InferenceSession(str(path), o, providers=['CPUExecutionProvider'])
+    assert np.array_equal(s.run(None, {'image': x.numpy()})[0], net(x))
+
+# --- the integer network itself ---
+
+def test_convolution_is_that_of_torch():
+    g = torch.Generator().manual_seed(0)
+    for stride, padding, zero in ((1, 0, 0), (2, 1, 33), ((1, 2), (2, 0), 255)):
+        pair = lambda o: o if isinstance(o, tuple) else (o, o)
+        x, w = torch.randint(0, 256, (3, 5, 9, 8), generator=g), torch.randint(-127, 128, (4, 5, 3, 3), generator=g)
+        want = nn.functional.conv2d((x - zero).double(), w.double(), stride=stride, padding=padding).long()
+        o = IntWeights('w', deploy.IntGrid(1., zero, 255), w.numpy().astype(np.int8), np.ones(4, np.float32), np.zeros(4), 8, 255, pair(stride), pair(padding))
+        assert np.array_equal(o.accumulate(x.numpy().astype(np.uint8)), want.numpy())
+
+def test_too_many_products_are_refused():
+    w = IntWeights('wide', deploy.IntGrid(1.), np.full((1, 70_000), 127, np.int8), np.ones(1, np.float32), np.zeros(1), 8, 255)
+    with pytest.raises(BadInput, match='wide adds up too many products'): w.accumulate(np.zeros((1, 70_000), np.uint8))
+
+def test_accumulators_beyond_float32():
+    w = IntWeights('wide', deploy.IntGrid(1.), np.full((1, 9000), 127, np.int8), np.ones(1, np.float32), np.zeros(1), 8, 255)
+    x = np.full((1, 9000), 255, np.uint8); x[0, 0] = 254
+    assert w.accumulate(x)[0, 0] == 127*(255*9000 - 1)
+
+@pytest.mark.parametrize('arch', ['resnet20', 'resnet18'])
+def test_batchnorm_folds(arch):
+    m, x = network(arch, '4'), digits(8)
+    for o in m.modules():
+        if isinstance(o, nn.BatchNorm2d): o.weight.data[:2] = torch.tensor([0., -.8])
+    f = fold_batchnorm(m)
+    assert not any(isinstance(o, nn.BatchNorm2d) for o in f.modules()) and any(isinstance(o, nn.BatchNorm2d) for o in m.modules())
+    m, f = m.double(), f.double()
+    for a, b in zip(m.modules(), f.modules()):  # compare what rounding can't hide: the layers alone
+        if isinstance(a, nn.Conv2d): assert b.weight.shape == a.weight.shape and b.bias is not None
+    conv = next(n for n, _ in quant_layers(m).items())
+    y = torch.randn(2, *m.get_submodule(conv).weight.shape[1:2], 9, 9).double()
+    bn = next(o for o in m.modules() if isinstance(o, nn.BatchNorm2d))
+    a, b = m.get_submodule(conv), f.get_submodule(conv)
+    a.input_quant = b.input_quant = None
+    with torch.no_grad(): assert torch.allclose(bn(a(y)), b(y), atol=1e-5)
+    codes, scale = layer_codes(b)
+    assert scale[0] == 0 and np.array_equal(codes[1], -layer_codes(network(arch, '4').get_submodule(conv))[0][1])
+
+def test_a_zero_gamma_goes_through(tmp_path):
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8*169, 10))
+    convert(m, bit_policy('4'), digits(8), input_range=RANGE)
+    with torch.no_grad():
+        m[1].weight[0], m[1].weight[1], m[1].weight[2] = 0., -1., 1e-12
+        m[1].bias.fill_(.3)
+    calibrate(m, digits(8))
+    net, x = integer_network(m, (1, 28, 28)), digits(20)
+    assert isinstance(net.steps[1], IntSum)  # its bias has no integer grid
+    with torch.no_grad(): assert np.abs(net(x) - m(x).numpy()).max() < 1e-3
+    assert np.array_equal(run(to_onnx(net, tmp_path/'m.onnx'), x), net(x))
+
+def test_first_difference_finds_a_changed_layer():
+    m, x = network('lenet5', '4'), digits(30)
+    net = integer_network(m, (1, 28, 28))
+    step = next(s for s in net.steps if s.name == '4')
+    step.weights.bias = step.weights.bias + .5*step.grid.scale
+    d = first_difference(m, net, x)
+    assert d['layer'] == '4' and d['tie'] > .4 and 0 < d['differ'] < d['of']
+
+# --- packed weights ---
+
+@pytest.mark.parametrize('bits', [1, 2, 3, 4, 5, 6, 7, 8])
+def test_packing(bits):
+    rng = np.random.default_rng(bits)
+    for shape in ((1,), (7,), (3, 5, 3, 3), (16, 8), (0,)):
+        codes = rng.integers(0, 2**bits, shape)
+        raw = pack_codes(codes, bits)
+        assert raw.dtype == np.uint8 and raw.size == -(-codes.size*bits//8)
+        assert np.array_equal(unpack_codes(raw, bits, shape), codes)
+    for bad in ([2**bits], [-1]):
+        with pytest.raises(BadInput, match='bits hold 0 to'): pack_codes(bad, bits)
+    with pytest.raises(BadInput, match="don't hold 9 codes"): unpack_codes(pack_codes(np.zeros(8, int), bits).repeat(2), bits, (9,))
+
+@pytest.mark.parametrize('bits,quantizer,per_channel', list(itertools.product((2, 3, 4, 5, 8), ('sawb', 'sawb_zero', 'dorefa'), (False, True))))
+def test_codes_of_baked_weights(bits, quantizer, per_channel):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        m = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6*4, 5))
+        convert(m, deploy_policy(bits), torch.randn(4, 3, 4, 4), weight_quantizer=quantizer, per_channel=per_channel)
+        m[0].w_bits = bits
+        if seed == 2: m[0].weight.data[1] = 0.  # a dead channel
+        for a, b in zip(quant_layers(m).values(), quant_layers(bake(m)).values()):
+            codes, scale = layer_codes(b)
+            shape = (-1, *[1]*(codes.ndim - 1))
+            assert codes.dtype == np.int8 and np.array_equal(codes*scale.reshape(shape), a.quant_weight().detach().numpy())
+            assert deploy._index(codes, deploy._levels(b)).min() >= 0 and deploy._index(codes, deploy._levels(b)).max() < 2**b.w_bits
+            if not per_channel and seed < 2: assert np.array_equal(codes, layer_codes(a)[0])
+
+CASES = [('small_cnn', '4', {}), ('small_cnn', '2', {}), ('lenet5', '4/2', dict(weight_quantizer='sawb_zero')), ('lenet5', '3', dict(per_channel=True)),
+         ('resnet20', '4', {}), ('resnet20', '2', dict(weight_quantizer='dorefa', per_channel=True)), ('resnet18', '4', {})]
+
+@pytest.mark.parametrize('arch,bits,kw', CASES, ids=[f'{a}-{b}'.replace('/', '_') for a, b, _ in CASES])
+def test_exported_folder_there_and_back(tmp_path, arch, bits, kw):
+    m = bake(network(arch, bits, **kw))
+    folder = export_model(m, tmp_path/'m', extra=dict(accuracy=.5), **FACTS)
+    assert sorted(o.name for o in folder.iterdir()) == ['README.md', 'config.json', 'model.onnx', 'model.safetensors']
+    got, c = load_model(folder)
+    x = digits(8)
+    with torch.no_grad(): assert torch.equal(got(x), m.eval()(x))
+    assert c['baked'] and c['weights']['kind'] == 'packed' and set(c['files']) == {'README.md', 'model.onnx', 'model.safetensors'}
+    assert np.array_equal(run(folder/'model.onnx', x), integer_network(got, (1, 28, 28))(x))
+    assert '50.00 %' in (folder/'README.md').read_text()
+
+@pytest.mark.parametrize('bits,bound', [('4', 7.7), ('2', 15)])
+def test_files_are_small(tmp_path, bits, bound):
+    size = float_onnx(get_model('small_cnn'), tmp_path/'f.onnx', (1, 28, 28)).stat().st_size
+    folder = export_model(bake(network('small_cnn', bits)), tmp_path/'m', **FACTS)
+    for o in ('model.onnx', 'model.safetensors'): assert (folder/o).stat().st_size*bound <= size, o
+
+@pytest.mark.parametrize('arch', ['small_cnn', 'lenet5', 'resnet20', 'resnet18'])
+def test_float_file_is_the_float_network(tmp_path, arch):
+    torch.manual_seed(0)
+    m = get_model(arch, 10, 1, 28)
+    with torch.no_grad(): m.train()(digits(32))
+    path, x = float_onnx(m.eval(), tmp_path/'f.onnx', (1, 28, 28)), digits(16)
+    with torch.no_grad(): assert np.abs(run(path, x) - m(x).numpy()).max() < 1e-4
+
+# --- what is refused ---
+
+@pytest.fixture(scope='module')
+def shipped(tmp_path_factory): return export_model(bake(network('lenet5', '4')), tmp_path_factory.mktemp('shipped')/'m', **FACTS)
+
+@pytest.mark.parametrize('name', ['model.onnx', 'model.safetensors', 'README.md'])
+def test_a_missing_or_altered_file_is_named(shipped, tmp_path, name):
+    for how, message in ((lambda p: p.unlink(), f'{name} is missing'), (lambda p: p.write_bytes(p.read_bytes()[:-1]), f'{name} .* truncated'),
+                         (lambda p: p.write_bytes(p.read_bytes()[:-1] + b'!'), f'{name} .* altered')):
+        shutil.rmtree(tmp_path/'m', ignore_errors=True)
+        shutil.copytree(shipped, tmp_path/'m')
+        how(tmp_path/'m'/name)
+        with pytest.raises(BadInput, match=message): load_model(tmp_path/'m')
+
+def test_packed_tensors_that_do_not_fit(shipped, tmp_path):
+    from safetensors.torch import load_file, save
+    good = load_file(shipped/'model.safetensors')
+    for change, message in ((lambda t: t.pop('3.codes'), "lacks the codes or the scale of layer '3'"), (lambda t: t.update({'3.codes': t['3.codes'][:-1].clone()}), "don't hold 2400 codes of 4 bits"),
+                            (lambda t: t.pop('3.bias'), "doesn't fit the network")):
+        tensors = dict(good); change(tensors); raw = save(tensors)
+        c = json.loads((shipped/'config.json').read_text())
+        with pytest.raises(BadInput, match=message): deploy._rebuild(c, raw)
+
+class Unusual(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.conv, self.act, self.what, self.fc = nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), what, nn.Linear(4*169, 10)
+    def forward(self, x): return self.fc(self.what(self.act(self.conv(x))).flatten(1))
+
+REFUSED = {'AvgPool2d': lambda: nn.AvgPool2d(1), 'Sigmoid': lambda: nn.Sigmoid(), 'Upsample': lambda: nn.Upsample(scale_factor=1)}
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_a_layer_without_a_rule_is_named(tmp_path, name):
+    m = convert(Unusual(nn.Identity()), bit_policy('4'), digits(4), input_range=RANGE)
+    m.what = REFUSED[name]()
+    with pytest.raises(BadInput, match=f'what \\({name}\\) is no layer that the integer network has a rule for'): export_model(bake(m), tmp_path/'m', **FACTS)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(BadInput, match=f'what \\({name}\\) is no layer that float_onnx has a rule for'): float_onnx(Unusual(REFUSED[name]()), tmp_path/'f.onnx', (1, 28, 28))
+
+def test_grouped_convolutions_are_refused():
+    m = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(4*576, 10))
+    convert(m, bit_policy('4'), digits(4), input_range=RANGE)
+    with pytest.raises(BadInput, match='2 \\(QConv2d\\) has groups'): integer_network(m, (1, 28, 28))
+
+def test_float_unbaked_and_partly_float_networks_are_refused(tmp_path):
+    with pytest.raises(BadInput, match='float network, it has no low-bit weights'): export_model(get_model('lenet5'), tmp_path/'m', **FACTS)
+    with pytest.raises(BadInput, match='0 \\(QConv2d\\) still holds latent float weights; bake the model first'): export_model(network('lenet5'), tmp_path/'m', **FACTS)
+    with pytest.raises(BadInput, match='float network, it has no integers'): integer_network(get_model('lenet5'), (1, 28, 28))
+    m = network('lenet5', '4', overrides={'7': 32})
+    with pytest.raises(BadInput, match='7 \\(QLinear\\)|7 .* float|6 .* float|5 .* float'): integer_network(m, (1, 28, 28))
+    assert not list(tmp_path.iterdir())
+
+def test_wrong_images_shapes_and_opsets_are_refused(tmp_path):
+    net = integer_network(network('lenet5'), (1, 28, 28))
+    with pytest.raises(BadInput, match=r'this network takes \(1, 28, 28\)'): net(torch.zeros(1, 3, 28, 28))
+    with pytest.raises(BadInput, match="can't take an image of shape"): integer_network(network('lenet5'), (3, 28, 28))
+    for bad in (20, 26, '21'):
+        with pytest.raises(BadInput, match='opset is'): to_onnx(net, tmp_path/'m.onnx', opset=bad)
+    with pytest.raises(BadInput, match='to_onnx writes an integer network'): to_onnx(network('lenet5'), tmp_path/'m.onnx')
+    assert not list(tmp_path.iterdir())
+
+def test_altered_baked_weights_are_refused(tmp_path):
+    m = bake(network('lenet5'))
+    m[3].weight.data[0, 0, 0, 0] *= 1.01
+    with pytest.raises(BadInput, match='3 \\(QConv2d\\) are on no grid of 4 bits'): export_model(m, tmp_path/'m', **FACTS)
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('opset', [21, 22, 23])
+def test_opsets(tmp_path, opset):
+    net, x = integer_network(network('lenet5'), (1, 28, 28)), digits(5)
+    path = to_onnx(net, tmp_path/'m.onnx', opset=opset, meta=dict(note='hello'))
+    m = onnx.load(path)
+    assert m.opset_import[0].version == opset and m.metadata_props[0].value == 'hello' and m.ir_version >= 10 and (opset > 21 or m.ir_version == 10)
+    assert np.array_equal(run(path, x), net(x))
