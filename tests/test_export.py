@@ -74,7 +74,7 @@ def test_torch_integers_and_onnx_agree(tmp_path, arch, bits, quantizer, per_chan
     differ = first_difference(m, net, x)
     if differ: assert differ['tie'] <= bias_error(net).get(differ['layer'], 0) + 2e-4*2**(bits == '8'), differ
     with torch.no_grad(): want = m(x).numpy()
-    assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > .999
+    assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > .99
     # 2. onnxruntime gives the same logits, bit for bit, also for one image
     path = to_onnx(net, tmp_path/'m.onnx')
     assert np.array_equal(run(path, x), got) and np.array_equal(run(path, x[:1]), got[:1])
@@ -92,7 +92,8 @@ def test_every_layer_of_the_onnx_graph(tmp_path, arch, bits):
     made = {o for n in m.graph.node for o in n.output}
     codes = net.codes(x)
     names = [k for k in codes if k in made and k != 'logits']
-    assert len(names) >= len(codes) - 2  # all but the logits and a clip that waits for its pooling
+    pooled = {s.src[0] for s in net.steps if isinstance(s, deploy.IntMaxPool)}  # clipped after the pooling
+    assert set(codes) - set(names) == {'logits'} | pooled
     kind = {np.dtype('uint8'): onnx.TensorProto.UINT8, np.dtype('int32'): onnx.TensorProto.INT32}
     for k in names: m.graph.output.append(onnx.helper.make_tensor_value_info(k, kind[codes[k].dtype], None))
     onnx.save(m, tmp_path/'open.onnx')
@@ -132,10 +133,12 @@ def stored_weights(path, tmp):
 def adversarial(bits):
     "Every code at the end of its grid, with signs that add up."
     m = bake(network('small_cnn', bits))
-    with torch.no_grad():
-        for o in quant_layers(m).values():
-            o.weight.copy_(o.weight.abs().max()*torch.where(torch.arange(len(o.weight)) % 3 == 0, -1., 1.).view(-1, *[1]*(o.weight.dim() - 1)))
-            o.weight[:, ::7] = o.weight.abs().min()*(1/127 if o.w_bits == 8 else 1/(2**o.w_bits - 1))  # one small weight fixes the scale
+    for name, o in quant_layers(m).items():
+        codes, scale = layer_codes(o)
+        top = 2**o.w_bits - 1 if o.w_bits != 8 else 127
+        codes[:] = np.where(np.arange(len(codes)) % 3 == 0, -top, top).reshape(-1, *[1]*(codes.ndim - 1))
+        codes[:, ::7] = 1
+        o.weight.data = torch.from_numpy(codes*scale[0])
     return m
 
 @pytest.mark.parametrize('bits', ['2', '4', '8', 'w2a4', 'w4a2'])
@@ -215,10 +218,10 @@ def test_a_zero_gamma_goes_through(tmp_path):
 def test_first_difference_finds_a_changed_layer():
     m, x = network('lenet5', '4'), digits(30)
     net = integer_network(m, (1, 28, 28))
-    step = next(s for s in net.steps if s.name == '4')
+    step = next(s for s in net.steps if s.name == '1')
     step.weights.bias = step.weights.bias + .5*step.grid.scale
     d = first_difference(m, net, x)
-    assert d['layer'] == '4' and d['tie'] > .4 and 0 < d['differ'] < d['of']
+    assert d['layer'] == '1' and d['tie'] > .4 and 0 < d['differ'] < d['of']
 
 # --- packed weights ---
 
@@ -232,7 +235,7 @@ def test_packing(bits):
         assert np.array_equal(unpack_codes(raw, bits, shape), codes)
     for bad in ([2**bits], [-1]):
         with pytest.raises(BadInput, match='bits hold 0 to'): pack_codes(bad, bits)
-    with pytest.raises(BadInput, match="don't hold 9 codes"): unpack_codes(pack_codes(np.zeros(8, int), bits).repeat(2), bits, (9,))
+    with pytest.raises(BadInput, match="don't hold 17 codes"): unpack_codes(pack_codes(np.zeros(8, int), bits), bits, (17,))
 
 @pytest.mark.parametrize('bits,quantizer,per_channel', list(itertools.product((2, 3, 4, 5, 8), ('sawb', 'sawb_zero', 'dorefa'), (False, True))))
 def test_codes_of_baked_weights(bits, quantizer, per_channel):
@@ -327,7 +330,7 @@ def test_float_unbaked_and_partly_float_networks_are_refused(tmp_path):
     with pytest.raises(BadInput, match='0 \\(QConv2d\\) still holds latent float weights; bake the model first'): export_model(network('lenet5'), tmp_path/'m', **FACTS)
     with pytest.raises(BadInput, match='float network, it has no integers'): integer_network(get_model('lenet5'), (1, 28, 28))
     m = network('lenet5', '4', overrides={'7': 32})
-    with pytest.raises(BadInput, match='7 \\(QLinear\\)|7 .* float|6 .* float|5 .* float'): integer_network(m, (1, 28, 28))
+    with pytest.raises(BadInput, match='is in float; the integer network needs every layer quantized'): integer_network(m, (1, 28, 28))
     assert not list(tmp_path.iterdir())
 
 def test_wrong_images_shapes_and_opsets_are_refused(tmp_path):
