@@ -146,11 +146,11 @@ def test_no_pair_of_products_saturates(tmp_path, bits):
     for m in (network('small_cnn', bits), adversarial(bits)):
         net = integer_network(m, (1, 28, 28))
         path = to_onnx(net, tmp_path/'m.onnx')
-        tops = [s.weights.grid.n for s in net.steps if isinstance(s, IntLayer)]
+        tops = [w.grid.n for s in net.steps for w in getattr(s, 'terms', (getattr(s, 'weights', None),)) if isinstance(w, IntWeights)]
         found = stored_weights(path, tmp_path)
         assert len(found) == len(tops)
         for n, (op, w) in zip(tops, found):
-            assert w.dtype == np.uint8 or pair_sum(w.T if op == 'QGemm' and w.shape[0] > w.shape[1] else w, n) <= 32767, (op, n)
+            assert w.dtype == np.uint8 or pair_sum(w.T if op == 'MatMulInteger' or (op == 'QGemm' and w.shape[0] > w.shape[1]) else w, n) <= 32767, (op, n)
         x = torch.full((4, 1, 28, 28), RANGE[1])
         assert np.array_equal(run(path, x), net(x))
     assert {w.dtype for _, w in found} == ({np.dtype('uint8'), np.dtype('int8')} if bits != '8' else {np.dtype('uint8')})
