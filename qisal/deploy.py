@@ -387,7 +387,31 @@ def _patches(x, window, stride, padding)->tuple: # (rows, (N, height, width))
     x = np.lib.stride_tricks.sliding_window_view(x, window, (2, 3))[:, :, ::stride[0], ::stride[1]].transpose(0, 2, 3, 1, 4, 5)
     return x.reshape(np.prod(x.shape[:3]), -1), x.shape[:3]
 
-# %% ../nbs/10_deploy.ipynb #3decd549
+# %% ../nbs/10_deploy.ipynb #3506dc29
+def _stairs(w:IntWeights, grid:IntGrid)->tuple: # (smallest sum for each code above 0, can it be reached and missed?), both channels x n
+    "The staircase of a layer with its bias unrounded."
+    half = np.arange(grid.n) + .5
+    first = np.ceil((half*grid.scale - w.bias[:, None])/(w.scale.astype(np.float64)*np.float32(w.grid.scale))[:, None])
+    rows, least, most = w.codes.reshape(len(w.codes), -1).astype(np.int64), -w.grid.zero, w.grid.n - w.grid.zero
+    low, high = (np.where(rows > 0, rows*a, rows*b).sum(1)[:, None] for a, b in ((least, most), (most, least)))
+    return first, (first <= high) & (first > low)
+
+def _fit_stairs(w:IntWeights, grid:IntGrid, bias, step)->tuple: # (bias, step of the sums), float64, one a channel
+    "An integer bias and a step near the given ones that climb the same stairs as the exact layer; the given ones in a channel that has none."
+    (first, real), half, k = _stairs(w, grid), np.arange(grid.n) + .5, w.stretch
+    biases = bias[:, None] + np.array(sorted(range(-2*k, 2*k + 1), key=abs))
+    low, high = np.zeros(biases.shape), np.full(biases.shape, np.inf)
+    for j in range(grid.n):  # M must lift the first sum of stair j to it, and the sum before it not
+        at, here = k*first[:, j, None] + biases, real[:, j, None]
+        low = np.where(here, np.maximum(low, half[j]/np.where(at > 0, at, 1e-300)), low)
+        high = np.where(here & (at > k), np.minimum(high, half[j]/np.where(at > k, at - k, 1.)), high)
+    best = (high/np.maximum(low, 1e-300)).argmax(1)[:, None]
+    new, low, high = (np.take_along_axis(o, best, 1)[:, 0] for o in (biases, low, high))
+    exact = (low*(1 + 1e-6) < high) & (np.abs(new) < 2**31)  # more than float32 may lose
+    m = np.clip(step/grid.scale, low*(1 + 4e-7), high*(1 - 4e-7))
+    return np.where(exact, new, bias), np.where(exact, m*grid.scale, step)
+
+# %% ../nbs/10_deploy.ipynb #b547b777
 def _per_channel(v, ndim): return v.reshape(1, -1, *[1]*(ndim - 2))
 
 def _to_grid(y, n): return np.clip(np.rint(y), 0, n).astype(np.uint8)
@@ -407,10 +431,12 @@ class IntLayer:
     src: tuple
     weights: IntWeights
     grid: IntGrid|None
-    @property
-    def w_scale(self): return (self.weights.scale/np.float32(self.weights.stretch)).astype(np.float32)
-    @property
-    def bias(self): return np.rint(self.weights.bias/(self.w_scale.astype(np.float64)*self.weights.grid.scale)).astype(np.int32)
+    def __post_init__(self):
+        w = self.weights
+        step = w.scale.astype(np.float64)*np.float32(w.grid.scale)/w.stretch
+        self.bias = np.rint(w.bias/step)
+        if self.grid: self.bias, step = _fit_stairs(w, self.grid, self.bias, step)
+        self.bias, self.w_scale = self.bias.astype(np.int32), (step/np.float32(w.grid.scale)).astype(np.float32)
     def run(self, x):
         acc = self.weights.accumulate(x)
         acc = acc*np.int32(self.weights.stretch) + _per_channel(self.bias, acc.ndim)
@@ -507,7 +533,7 @@ def _describe(s)->str:
         if isinstance(w, IntWeights): text += f" {'x'.join(map(str, w.codes.shape))} codes of {w.bits} bits"
     return text + (f' -> 0 to {grid.n}, step {grid.scale:.4g}' if grid else '')
 
-# %% ../nbs/10_deploy.ipynb #f68e3556
+# %% ../nbs/10_deploy.ipynb #2c283298
 @dataclass
 class _Value:
     "What a node of the graph gives: integers of a step (`grid`), or a sum of (source, term) that no step has rounded yet."
@@ -539,7 +565,7 @@ class _Builder:
         terms = v.terms or ((self.codes(node, v).name, v.grid),)
         if any(isinstance(t, IntGrid) and t.zero for _, t in terms): self.refuse(node, 'reads the image itself; only a convolution or linear layer can.')
         src, terms = zip(*terms)
-        if len(terms) == 1 and not self.exact_bias and _fits_int32(terms[0]): return self.add(IntLayer(name, src, terms[0], grid), grid)
+        if len(terms) == 1 and not self.exact_bias and _fits_int32(terms[0]) and terms[0].codes.ndim == 4: return self.add(IntLayer(name, src, terms[0], grid), grid)
         return self.add(IntSum(name, src, terms, grid), grid)
 
 def _fits_int32(w)->bool:
@@ -547,7 +573,7 @@ def _fits_int32(w)->bool:
     if not isinstance(w, IntWeights) or not (w.scale > 0).all(): return False
     return bool((np.abs(w.bias)*w.stretch < 2.**30*w.scale.astype(np.float64)*w.grid.scale).all())
 
-# %% ../nbs/10_deploy.ipynb #c51123bc
+# %% ../nbs/10_deploy.ipynb #0026e032
 @patch
 def layer(self:_Builder, node, m, v)->_Value:
     "A convolution or linear layer: one term, not rounded yet."
@@ -583,7 +609,7 @@ def module(self:_Builder, node, m, v)->_Value:
     if isinstance(m, nn.AdaptiveAvgPool2d) and pair(m.output_size) == (1, 1):
         n = self.pooled[node.target]
         return self.add(IntPoolSum(node.target, src()), IntGrid(float(np.float32(v.grid.scale/n)), 0, v.grid.n*n))
-    self.refuse(node, 'is no layer that the integer network has a rule for; it knows Conv2d, Linear, ReLU (PACT), BatchNorm2d, MaxPool2d, AdaptiveAvgPool2d(1), IntFlatten, Dropout and +.')
+    self.refuse(node, 'is no layer that the integer network has a rule for; it knows Conv2d, Linear, ReLU (PACT), BatchNorm2d, MaxPool2d, AdaptiveAvgPool2d(1), Flatten, Dropout and +.')
 
 def _called(node): return node.target if isinstance(node.target, str) else getattr(node.target, '__name__', '')
 def _is_add(node)->bool: return node.op in ('call_function', 'call_method') and _called(node) in ('add', 'iadd', 'add_')
@@ -766,7 +792,7 @@ def _weights(g, w:IntWeights, signed:bool, stretch:int)->str:
     if w.bits == 8: return g.const(meant[index])
     return g.op('Gather', meant, _unpacked(g, index, w.bits, w.codes.shape))
 
-# %% ../nbs/10_deploy.ipynb #2557c910
+# %% ../nbs/10_deploy.ipynb #1d126a15
 class _Writer:
     "Turns the steps of an integer network into nodes."
     def __init__(self, net):
@@ -792,7 +818,7 @@ class _Writer:
         return self.clip(x, s.grid.n, s.name)
 
     def layer(self, s):
-        out = self.conv(s) if s.weights.codes.ndim == 4 else self.gemm(s)
+        out = self.conv(s) if s.grid else self.gemm(s)
         if s.grid and s.grid.n < 255: self.unclipped[s.name] = s.grid.n
         return out
 
@@ -809,8 +835,7 @@ class _Writer:
         zeros = np.full(len(w.scale), self.zero(w))
         weight = g.op('DequantizeLinear', _weights(g, w, w.signed, w.stretch), s.w_scale, zeros, axis=0)
         bias = g.op('DequantizeLinear', s.bias, np.float32(i.scale)*s.w_scale, np.zeros(len(w.scale), np.int32), axis=0)
-        y = g.op('Gemm', x, weight, bias, transB=1, out=None if s.grid else s.name)
-        return g.op('QuantizeLinear', y, np.float32(s.grid.scale), np.uint8(0), out=self.raw_name(s)) if s.grid else y
+        return g.op('Gemm', x, weight, bias, transB=1, out=s.name)
 
 def _channels(s, known)->int:
     "Channels of a step's result."
@@ -818,15 +843,16 @@ def _channels(s, known)->int:
     if w is not None: return len(w.codes)
     return known.get(s.src[0], 0)*(2 if isinstance(s, IntShortcut) else 1)
 
-# %% ../nbs/10_deploy.ipynb #530b19fa
+# %% ../nbs/10_deploy.ipynb #fd48208a
 @patch
 def term(self:_Writer, s, t, name):
     "One term of a sum, float32, in steps of the grid that the sum ends on."
     g, x = self.g, self.read(name)
     factor = s.factor(t)
     if isinstance(t, IntWeights):
-        zero = (np.uint8(t.grid.zero), np.uint8(128))
-        weight = _weights(g, t, False, 1)
+        signed = t.signed and t.codes.ndim == 2
+        zero = (np.uint8(t.grid.zero), np.int8(0) if signed else np.uint8(128))
+        weight = _weights(g, t, signed, 1)
         if t.codes.ndim == 4: x = g.op('ConvInteger', x, weight, *zero, kernel_shape=t.codes.shape[2:], strides=t.stride, pads=t.padding*2)
         else: x = g.op('MatMulInteger', x, g.op('Transpose', weight), *zero)
         if t.codes.ndim == 4: factor = factor[:, None, None]
@@ -890,7 +916,7 @@ def onnx_graph_ops(
         onnxruntime.InferenceSession(str(path), o, providers=['CPUExecutionProvider'])
         return dict(Counter(n.op_type for n in onnx.load(Path(d)/'optimized.onnx').graph.node).most_common())
 
-# %% ../nbs/10_deploy.ipynb #a0070fab
+# %% ../nbs/10_deploy.ipynb #776b47ec
 class _FloatWriter:
     "Turns the nodes of a float network's graph into ONNX nodes."
     def __init__(self, model): self.g, self.env, self.mods = _Graph(), {}, dict(model.named_modules())
@@ -911,7 +937,7 @@ class _FloatWriter:
         if isinstance(m, nn.AdaptiveAvgPool2d) and pair(m.output_size) == [1, 1]: return g.op('GlobalAveragePool', x)
         if isinstance(m, nn.Flatten) and m.start_dim == 1 and m.end_dim == -1: return g.op('Flatten', x)
         if isinstance(m, _Shortcut): return self.shortcut(x)
-        raise BadInput(f"{node.target} ({type(m).__name__}) is no layer that float_onnx has a rule for; it knows Conv2d, Linear, ReLU, BatchNorm2d, MaxPool2d, AdaptiveAvgPool2d(1), IntFlatten, Dropout and +. A quantized network goes to to_onnx.")
+        raise BadInput(f"{node.target} ({type(m).__name__}) is no layer that float_onnx has a rule for; it knows Conv2d, Linear, ReLU, BatchNorm2d, MaxPool2d, AdaptiveAvgPool2d(1), Flatten, Dropout and +. A quantized network goes to to_onnx.")
 
     def shortcut(self, x):
         g = self.g
