@@ -387,7 +387,7 @@ def _patches(x, window, stride, padding)->tuple: # (rows, (N, height, width))
     x = np.lib.stride_tricks.sliding_window_view(x, window, (2, 3))[:, :, ::stride[0], ::stride[1]].transpose(0, 2, 3, 1, 4, 5)
     return x.reshape(np.prod(x.shape[:3]), -1), x.shape[:3]
 
-# %% ../nbs/10_deploy.ipynb #c345516a
+# %% ../nbs/10_deploy.ipynb #3506dc29
 def _stairs(w:IntWeights, grid:IntGrid)->tuple: # (smallest sum for each code above 0, can it be reached and missed?), both channels x n
     "The staircase of a layer with its bias unrounded."
     half = np.arange(grid.n) + .5
@@ -397,22 +397,19 @@ def _stairs(w:IntWeights, grid:IntGrid)->tuple: # (smallest sum for each code ab
     return first, (first <= high) & (first > low)
 
 def _fit_stairs(w:IntWeights, grid:IntGrid, bias, step)->tuple: # (bias, step of the sums), float64, one a channel
-    "An integer bias and a step near the given ones that climb the same stairs as the exact layer, or miss by least."
+    "An integer bias and a step near the given ones that climb the same stairs as the exact layer; the given ones in a channel that has none."
     (first, real), half, k = _stairs(w, grid), np.arange(grid.n) + .5, w.stretch
     biases = bias[:, None] + np.array(sorted(range(-2*k, 2*k + 1), key=abs))
     low, high = np.zeros(biases.shape), np.full(biases.shape, np.inf)
     for j in range(grid.n):  # M must lift the first sum of stair j to it, and the sum before it not
-        at = k*first[:, j, None] + biases
-        with np.errstate(divide='ignore', invalid='ignore'):
-            low = np.where(real[:, j, None], np.maximum(low, np.where(at > 0, half[j]/at, np.inf)), low)
-            high = np.where(real[:, j, None] & (at > k), np.minimum(high, half[j]/(at - k)), high)
-    with np.errstate(divide='ignore', invalid='ignore'): room = np.nan_to_num(np.log(high/low), nan=-np.inf)
-    best = room.argmax(1)[:, None]
-    bias, low, high, room = (np.take_along_axis(o, best, 1)[:, 0] for o in (biases, low, high, room))
-    m, sure = step/grid.scale, np.minimum(np.abs(room)/4, 1e-6)
-    middle = np.sqrt(low)*np.sqrt(high)
-    inside = (m > low*(1 + sure)) & (m < high*(1 - sure))
-    return bias, np.where(inside | ~np.isfinite(middle) | (middle == 0), np.clip(m, low*(1 + sure), np.where(high > low, high*(1 - sure), np.inf)), middle)*grid.scale
+        at, here = k*first[:, j, None] + biases, real[:, j, None]
+        low = np.where(here, np.maximum(low, half[j]/np.where(at > 0, at, 1e-300)), low)
+        high = np.where(here & (at > k), np.minimum(high, half[j]/np.where(at > k, at - k, 1.)), high)
+    best = (high/np.maximum(low, 1e-300)).argmax(1)[:, None]
+    new, low, high = (np.take_along_axis(o, best, 1)[:, 0] for o in (biases, low, high))
+    exact = (low*(1 + 1e-6) < high) & (np.abs(new) < 2**31)  # more than float32 may lose
+    m = np.clip(step/grid.scale, low*(1 + 4e-7), high*(1 - 4e-7))
+    return np.where(exact, new, bias), np.where(exact, m*grid.scale, step)
 
 # %% ../nbs/10_deploy.ipynb #b547b777
 def _per_channel(v, ndim): return v.reshape(1, -1, *[1]*(ndim - 2))
@@ -576,7 +573,7 @@ def _fits_int32(w)->bool:
     if not isinstance(w, IntWeights) or not (w.scale > 0).all(): return False
     return bool((np.abs(w.bias)*w.stretch < 2.**30*w.scale.astype(np.float64)*w.grid.scale).all())
 
-# %% ../nbs/10_deploy.ipynb #c51123bc
+# %% ../nbs/10_deploy.ipynb #0026e032
 @patch
 def layer(self:_Builder, node, m, v)->_Value:
     "A convolution or linear layer: one term, not rounded yet."
@@ -612,7 +609,7 @@ def module(self:_Builder, node, m, v)->_Value:
     if isinstance(m, nn.AdaptiveAvgPool2d) and pair(m.output_size) == (1, 1):
         n = self.pooled[node.target]
         return self.add(IntPoolSum(node.target, src()), IntGrid(float(np.float32(v.grid.scale/n)), 0, v.grid.n*n))
-    self.refuse(node, 'is no layer that the integer network has a rule for; it knows Conv2d, Linear, ReLU (PACT), BatchNorm2d, MaxPool2d, AdaptiveAvgPool2d(1), IntFlatten, Dropout and +.')
+    self.refuse(node, 'is no layer that the integer network has a rule for; it knows Conv2d, Linear, ReLU (PACT), BatchNorm2d, MaxPool2d, AdaptiveAvgPool2d(1), Flatten, Dropout and +.')
 
 def _called(node): return node.target if isinstance(node.target, str) else getattr(node.target, '__name__', '')
 def _is_add(node)->bool: return node.op in ('call_function', 'call_method') and _called(node) in ('add', 'iadd', 'add_')
@@ -919,7 +916,7 @@ def onnx_graph_ops(
         onnxruntime.InferenceSession(str(path), o, providers=['CPUExecutionProvider'])
         return dict(Counter(n.op_type for n in onnx.load(Path(d)/'optimized.onnx').graph.node).most_common())
 
-# %% ../nbs/10_deploy.ipynb #a0070fab
+# %% ../nbs/10_deploy.ipynb #776b47ec
 class _FloatWriter:
     "Turns the nodes of a float network's graph into ONNX nodes."
     def __init__(self, model): self.g, self.env, self.mods = _Graph(), {}, dict(model.named_modules())
@@ -940,7 +937,7 @@ class _FloatWriter:
         if isinstance(m, nn.AdaptiveAvgPool2d) and pair(m.output_size) == [1, 1]: return g.op('GlobalAveragePool', x)
         if isinstance(m, nn.Flatten) and m.start_dim == 1 and m.end_dim == -1: return g.op('Flatten', x)
         if isinstance(m, _Shortcut): return self.shortcut(x)
-        raise BadInput(f"{node.target} ({type(m).__name__}) is no layer that float_onnx has a rule for; it knows Conv2d, Linear, ReLU, BatchNorm2d, MaxPool2d, AdaptiveAvgPool2d(1), IntFlatten, Dropout and +. A quantized network goes to to_onnx.")
+        raise BadInput(f"{node.target} ({type(m).__name__}) is no layer that float_onnx has a rule for; it knows Conv2d, Linear, ReLU, BatchNorm2d, MaxPool2d, AdaptiveAvgPool2d(1), Flatten, Dropout and +. A quantized network goes to to_onnx.")
 
     def shortcut(self, x):
         g = self.g

@@ -215,11 +215,28 @@ def test_a_zero_gamma_goes_through(tmp_path):
     with torch.no_grad(): assert np.abs(net(x) - m(x).numpy()).max() < 1e-3
     assert np.array_equal(run(to_onnx(net, tmp_path/'m.onnx'), x), net(x))
 
+@pytest.mark.parametrize('bits,share', [('2', 1.), ('4/2', .95), ('4', .95), ('w2a4', .9)])
+def test_stairs_are_where_the_exact_bias_puts_them(bits, share):
+    net = integer_network(network('small_cnn', bits), (1, 28, 28))
+    right = []
+    for s in net.steps:
+        if not isinstance(s, IntLayer) or not s.grid: continue
+        w, n = s.weights, s.grid.n
+        m = np.float32(w.grid.scale)*s.w_scale/np.float32(s.grid.scale)
+        rows = w.codes.reshape(len(w.codes), -1).astype(int)
+        lo, hi = -w.grid.zero, w.grid.n - w.grid.zero
+        for c in range(len(rows)):  # every sum that can be reached
+            a = np.arange(np.where(rows[c] > 0, rows[c]*lo, rows[c]*hi).sum(), np.where(rows[c] > 0, rows[c]*hi, rows[c]*lo).sum() + 1)
+            exact = np.clip(np.rint((a*float(w.scale[c])*w.grid.scale + w.bias[c])/s.grid.scale), 0, n)
+            right.append((np.clip(np.rint((a*w.stretch + s.bias[c]).astype(np.float32)*m[c]), 0, n) == exact).all())
+            assert np.abs(np.clip(np.rint((a*w.stretch + s.bias[c]).astype(np.float32)*m[c]), 0, n) - exact).max() <= 1
+    assert np.mean(right[32:]) >= share  # the second convolution, which has few-bit inputs
+
 def test_first_difference_finds_a_changed_layer():
     m, x = network('lenet5', '4'), digits(30)
     net = integer_network(m, (1, 28, 28))
     step = next(s for s in net.steps if s.name == '1')
-    step.weights.bias = step.weights.bias + .5*step.grid.scale
+    step.bias = step.bias + np.rint(.5*step.grid.scale/(step.weights.grid.scale*step.w_scale)).astype(np.int32)
     d = first_difference(m, net, x)
     assert d['layer'] == '1' and d['tie'] > .4 and 0 < d['differ'] < d['of']
 
