@@ -64,7 +64,7 @@ def check_wishes(
 )->tuple: # The names of the groups
     "The groups that are wanted. Raises `BadInput` for a name that is none, or a number that can't be."
     wanted = tuple(o.strip() for o in rows.split(','))
-    if wanted == ('all',): wanted = GROUPS
+    if 'all' in wanted: wanted = (*wanted, *GROUPS)
     for o in wanted: check_in('rows', o, ('all', *GROUPS))
     check_range('batch', batch, 2, 4096, kind=int)
     check_range('repeats', repeats, 1, kind=int)

@@ -1009,10 +1009,10 @@ def _bundle(model, config, opset)->dict: # Name to bytes
     with tempfile.TemporaryDirectory() as d:
         net = integer_network(model, (config['n_in'], config['size'], config['size']))
         files['model.onnx'] = to_onnx(net, Path(d)/'model.onnx', opset, meta).read_bytes()
-    files['README.md'] = _card(config, files).encode()
+    files['README.md'] = _card(config, files, opset).encode()
     return files
 
-def _card(config, files)->str:
+def _card(config, files, opset)->str:
     "A model card of what the configuration knows."
     layers = '\n'.join(f"| `{k}` | {v['w_bits']} | {v['a_bits']} | {v['weight_quantizer']} |" for k, v in config['quant']['layers'].items())
     sizes = '\n'.join(f'- `{k}`: {len(v):,} bytes' for k, v in files.items())
@@ -1027,7 +1027,7 @@ Classifies images of {config['size']} x {config['size']} pixels and {config['n_i
 
 {sizes}
 
-Pixels are scaled to 0 to 1 and normalised with mean {config['stats'][0]} and deviation {config['stats'][1]} before they go in. Open with `qisal.deploy.load_model(folder)` in torch, or `model.onnx` in onnxruntime (opset 21). `config.json` holds the SHA-256 of every file; nothing here is a program.
+Pixels are scaled to 0 to 1 and normalised with mean {config['stats'][0]} and deviation {config['stats'][1]} before they go in. Open with `qisal.deploy.load_model(folder)` in torch, or `model.onnx` in onnxruntime (opset {opset}). `config.json` holds the SHA-256 of every file; nothing here is a program.
 """
 
 def export_model(

@@ -372,3 +372,12 @@ def test_opsets(tmp_path, opset):
     m = onnx.load(path)
     assert m.opset_import[0].version == opset and m.metadata_props[0].value == 'hello' and m.ir_version >= 10 and (opset > 21 or m.ir_version == 10)
     assert np.array_equal(run(path, x), net(x))
+
+
+def test_the_card_names_the_opset(tmp_path):
+    torch.manual_seed(0)
+    from qisal.quant import bake, bit_policy, convert
+    from qisal.models import lenet5
+    net = bake(convert(lenet5(), bit_policy('4'), torch.randn(2, 1, 28, 28)))
+    folder = export_model(net, tmp_path/'m', classes=list('0123456789'), n_in=1, size=28, stats=([0.], [1.]), opset=22)
+    assert '(opset 22)' in (folder/'README.md').read_text()

