@@ -39,7 +39,7 @@ def findings(text):
 def test_the_search_for_machines_can_find():
     for bad in ('at /home/me/x.py', "'/tmp/a1'", 'File "' + '/root' + '/x"', 'https://mirror.example/simple/torch', 'lib/python3/site-packages/a.py', 'http://10.0.0.1/x'):
         assert findings(bad), bad
-    for good in ('https://github.com/home/x', 'reports/tmp/a', 'https://arxiv.org/abs/1805.06085', '~/.cache/qisal', 'and/or/root/x'): assert not findings(good), good
+    for good in ('https://github.com/home/x', 'reports/tmp/a', 'https://arxiv.org/abs/1805.06085', '~/.cache/qisal', 'and/or' + '/root' + '/x'): assert not findings(good), good
 
 pytestmark = pytest.mark.skipif(not NBS, reason='no notebooks')
 each = pytest.mark.parametrize('path', NBS, ids=lambda o: o.stem)
