@@ -6,7 +6,7 @@
 __all__ = ['MODEL_FORMAT', 'MODEL_VERSION', 'find_arch', 'save_model', 'read_config', 'read_files', 'load_model', 'layer_codes',
            'fold_batchnorm', 'IntGrid', 'IntWeights', 'IntQuantize', 'IntLayer', 'IntSum', 'IntMaxPool', 'IntFlatten',
            'IntShortcut', 'IntPoolSum', 'IntegerNetwork', 'integer_network', 'first_difference', 'pack_codes',
-           'unpack_codes', 'to_onnx', 'onnx_graph_ops', 'float_onnx', 'export_model']
+           'unpack_codes', 'to_onnx', 'onnx_session', 'onnx_graph_ops', 'float_onnx', 'export_model']
 
 # %% ../nbs/10_deploy.ipynb #d545d3ee
 import hashlib, json, os, shutil, tempfile, zipfile
@@ -903,17 +903,42 @@ def to_onnx(
     for s in net.steps: w.write(s)
     return w.g.save(path, net.shape, len(net.steps[-1].weights.scale), opset, meta or {})
 
-# %% ../nbs/10_deploy.ipynb #8d80a899
+# %% ../nbs/10_deploy.ipynb #ae9fcdb0
+_TOO_OLD = ('Unsupported model IR version', 'guarantees* support', 'Could not find an implementation', 'is not a registered function')
+
+def onnx_session(
+    file, # Path of an ONNX file, or its bytes
+    threads:int=1, # Of one operator
+    name:str='', # What the file is called, for the message; empty: its path
+    optimized=None, # Where to write the graph that onnxruntime makes of it; None: nowhere
+): # onnxruntime.InferenceSession
+    "Open an ONNX file on the processor. Raises `BadInput` where it is damaged, or newer than the installed onnxruntime."
+    import onnxruntime
+    check_range('threads', threads, 1, 1024, kind=int)
+    name = name or ('the ONNX file' if isinstance(file, bytes) else str(file))
+    if not isinstance(file, bytes) and not Path(file).is_file(): raise BadInput(f"{name} is not a file; give an ONNX file.")
+    o = onnxruntime.SessionOptions()
+    o.intra_op_num_threads, o.log_severity_level = threads, 3
+    if optimized is not None: o.optimized_model_filepath = str(optimized)
+    try: return onnxruntime.InferenceSession(file if isinstance(file, bytes) else str(file), o, providers=['CPUExecutionProvider'])
+    except Exception as e:  # its errors share no class of their own
+        if 'onnxruntime' not in type(e).__module__: raise
+        if any(s in str(e) for s in _TOO_OLD): raise BadInput(f"onnxruntime {onnxruntime.__version__} is too old for {name} ({_reason(e)}); update it (pip install -U onnxruntime), or export the model again with a lower opset (qisal export --opset 21).") from e
+        raise BadInput(f"onnxruntime can't open {name} ({_reason(e)}); {_AGAIN}.") from e
+
+def _reason(e)->str:
+    "What onnxruntime says, without the place in its source."
+    return ' '.join(str(e).split()).rsplit('&) ', 1)[-1].rsplit('.cc:', 1)[-1][:200]
+
+# %% ../nbs/10_deploy.ipynb #2088967f
 def onnx_graph_ops(
-    path, # An ONNX file
+    file, # Path of an ONNX file, or its bytes
 )->dict: # Operator to number of nodes, the most frequent first
     "The operators of the graph that onnxruntime runs, after its own rewriting."
-    import onnx, onnxruntime
+    import onnx
     from collections import Counter
     with tempfile.TemporaryDirectory() as d:
-        o = onnxruntime.SessionOptions()
-        o.optimized_model_filepath, o.log_severity_level = str(Path(d)/'optimized.onnx'), 3
-        onnxruntime.InferenceSession(str(path), o, providers=['CPUExecutionProvider'])
+        onnx_session(file, optimized=Path(d)/'optimized.onnx')
         return dict(Counter(n.op_type for n in onnx.load(Path(d)/'optimized.onnx').graph.node).most_common())
 
 # %% ../nbs/10_deploy.ipynb #776b47ec
@@ -1000,7 +1025,7 @@ def _unpacked_state(model, tensors)->dict:
         if k.endswith('num_batches_tracked'): state.setdefault(k, torch.zeros_like(v))
     return state
 
-# %% ../nbs/10_deploy.ipynb #4e3f74bd
+# %% ../nbs/10_deploy.ipynb #598fcfb8
 def _bundle(model, config, opset)->dict: # Name to bytes
     "The files of an exported folder but its configuration."
     from safetensors.torch import save
