@@ -171,8 +171,12 @@ def test_export_of_a_run_and_of_a_model_folder(tmp_path):
         r = qisal('export', source, '--out', 'small', cwd=tmp_path, PYTHONPATH=str(Path(__file__).parents[1]))
         assert r.returncode == 0 and 'model.onnx' in r.stdout and 'model: small' in r.stdout, r.stderr
     with torch.no_grad(): assert torch.equal(load_model(tmp_path/'small')[0](xb), bake(net)(xb))
+    for source, folder in (('run', 'run/export'), ('run/model/', 'run/model-export')):  # where it goes unless --out says otherwise
+        r = qisal('export', source, '--to', 'onnx', cwd=tmp_path, PYTHONPATH=str(Path(__file__).parents[1]))
+        assert r.returncode == 0 and f'model: {folder}' in r.stdout, r.stderr
+        assert {o.name for o in (tmp_path/folder).iterdir()} == {'README.md', 'config.json', 'model.onnx'}
 
-@pytest.mark.parametrize('source,args,words', [('nowhere', [], ['nowhere']), ('float', [], ['float network', 'PACTCallback']), ('float', ['--opset', '20'], []), ('empty', [], ['empty'])], ids=str)
+@pytest.mark.parametrize('source,args,words', [('nowhere', [], ['nowhere']), ('float', [], ['float network', 'PACTCallback']), ('float', ['--opset', '20'], ['float network']), ('float', ['--to', 'pickle'], ['pickle', 'packed']), ('empty', [], ['empty'])], ids=str)
 def test_export_refuses_and_leaves_nothing(tmp_path, source, args, words):
     from qisal.deploy import save_model
     from qisal.models import lenet5
