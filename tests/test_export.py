@@ -367,6 +367,7 @@ def test_altered_baked_weights_are_refused(tmp_path):
 
 @pytest.mark.parametrize('opset', [21, 22, 23, 24, 25])
 def test_opsets(tmp_path, opset):
+    if opset > 23 and tuple(map(int, onnxruntime.__version__.split('.')[:2])) < (1, 25): pytest.skip('needs a newer onnxruntime, which needs Python 3.11')
     net, x = integer_network(network('lenet5'), (1, 28, 28)), digits(5)
     path = to_onnx(net, tmp_path/'m.onnx', opset=opset, meta=dict(note='hello'))
     m = onnx.load(path)
