@@ -256,41 +256,54 @@ def _write_overlay(img, saliency, title, out):
     try: write_atomic(out, buffer.getvalue())
     except OSError as e: raise BadInput(f"{out} cannot be written ({e.strerror}); choose another name or folder.") from e
 
-# %% ../nbs/13_cli.ipynb #50681d53
+# %% ../nbs/13_cli.ipynb #b68e7178
 EXPORT_HELP = """Write a trained low-bit network as packed integers and as an ONNX file that onnxruntime runs on integers.
 
 Examples:
 
 \b
-  qisal export reports/mine/runs/RUN --out my-model     # a run of a study
-  qisal export saved-model --out my-model               # a folder of save_model"""
+  qisal export reports/mine/runs/RUN                    # a run of a study -> reports/mine/runs/RUN/export
+  qisal export saved-model --out my-model               # a folder of save_model
+  qisal export saved-model --out my-model --to onnx     # model.onnx alone, for onnxruntime"""
 
 @app.command(help=EXPORT_HELP)
 @polite
 def export(
     source: Annotated[Path, typer.Argument(help="A run's folder, or a model folder.", metavar='RUN_OR_MODEL')],
-    out: Annotated[Path, _opt("The folder to write; its parent must exist.")],
-    opset: Annotated[int, _opt("Of the ONNX file, 21 to 25; a newer one needs a newer onnxruntime.")] = 21,
+    to: Annotated[str, _opt("What to write, several with commas: packed (model.safetensors, for torch), onnx (model.onnx, for onnxruntime), qonnx (model.qonnx.onnx, for hardware compilers).")] = 'packed,onnx,qonnx',
+    out: Annotated[Optional[Path], _opt("The folder to write; its parent must exist. Default: RUN/export, or MODEL-export beside the model.")] = None,
+    opset: Annotated[int, _opt("Of model.onnx, 21 to 25; a newer one needs a newer onnxruntime.")] = 21,
 ):
-    for name, size in export_folder(source, out, opset).items(): typer.echo(f'{name:20} {size/1000:10.1f} kB')
-    typer.echo(f'model: {os.path.relpath(out)}')
+    folder = export_folder(source, out, to, opset)
+    for o in sorted(folder.iterdir()): typer.echo(f'{o.name:20} {o.stat().st_size/1000:10.1f} kB')
+    typer.echo(f'model: {os.path.relpath(folder)}')
 
-# %% ../nbs/13_cli.ipynb #8c70495a
+# %% ../nbs/13_cli.ipynb #04c03e54
+def _run_facts(source)->dict:
+    "What a run's metrics say that belongs on a model's card; nothing for a folder that is no run."
+    from qisal.run import read_metrics
+    m = read_metrics(source)
+    if m is None: return {}
+    return dict(accuracy=m['accuracy'], n_test=m['n_test'], spec=m['spec'], masking=m['masking'], data={f'SHA-256 of {k}': v for k, v in m['data'].items()})
+
 def export_folder(
     source, # A run's folder, or a model folder
-    out, # The folder to write
-    opset:int=21, # Of the ONNX file
-)->dict: # Name of each file to its bytes
-    "Bake the network and export it. Raises `BadInput` for a folder that holds no network, or a float one."
+    out=None, # The folder to write; None: `export` in a run's folder, or beside a model folder with '-export' at the end of its name
+    to='packed,onnx,qonnx', # What to write, as `export_model` takes it
+    opset:int=21, # Of model.onnx
+)->Path: # The folder
+    "Bake the network and export it; a run's accuracy and masking curves go on the card. Raises `BadInput` for a folder that holds no network, or a float one."
     from qisal.deploy import export_model, load_model
     from qisal.quant import bake, quant_layers
-    source, out = Path(source), Path(out)
-    folder = source/'model' if (source/'model'/'config.json').is_file() else source
+    source = Path(source)
+    is_run = (source/'model'/'config.json').is_file()
+    folder = source/'model' if is_run else source
+    out = Path(out) if out is not None else source/'export' if is_run else Path(f'{os.path.abspath(source)}-export')
     model, config = load_model(folder)
     if os.path.abspath(out) == os.path.abspath(folder): raise BadInput(f"--out is {out}, the folder that is read; name another.")
     if quant_layers(model): model = bake(model)
-    export_model(model, out, **{k: config[k] for k in ('classes', 'n_in', 'size', 'stats', 'extra')}, opset=opset)
-    return {o.name: o.stat().st_size for o in sorted(out.iterdir())}
+    extra = {**config['extra'], **_run_facts(source)}
+    return export_model(model, out, **{k: config[k] for k in ('classes', 'n_in', 'size', 'stats')}, extra=extra, to=to, opset=opset)
 
 # %% ../nbs/13_cli.ipynb #86e5bcfc
 BENCH_HELP = """Time training and explaining on this machine, next to plain training and to other libraries that are installed.

@@ -6,7 +6,8 @@
 __all__ = ['MODEL_FORMAT', 'MODEL_VERSION', 'TARGETS', 'find_arch', 'save_model', 'read_config', 'read_files', 'load_model',
            'layer_codes', 'fold_batchnorm', 'IntGrid', 'IntWeights', 'IntQuantize', 'IntLayer', 'IntSum', 'IntMaxPool',
            'IntFlatten', 'IntShortcut', 'IntPoolSum', 'IntegerNetwork', 'integer_network', 'first_difference',
-           'pack_codes', 'unpack_codes', 'to_onnx', 'onnx_session', 'onnx_graph_ops', 'float_onnx', 'export_model']
+           'pack_codes', 'unpack_codes', 'to_onnx', 'onnx_session', 'onnx_graph_ops', 'float_onnx', 'to_qonnx',
+           'export_model']
 
 # %% ../nbs/10_deploy.ipynb #d545d3ee
 import hashlib, json, os, shutil, tempfile, zipfile
@@ -702,7 +703,7 @@ def first_difference(
         bad = codes != got[name]
         if bad.any(): return dict(layer=name, differ=int(bad.sum()), of=bad.size, tie=float(np.abs(before - np.floor(before) - .5)[bad].max()))
 
-# %% ../nbs/10_deploy.ipynb #add63df8
+# %% ../nbs/10_deploy.ipynb #62ea57d3
 class _Graph:
     "Collects the nodes and constants of an ONNX graph; equal constants are stored once."
     def __init__(self): self.nodes, self.consts, self.seen, self.count = [], [], {}, 0
@@ -728,11 +729,13 @@ class _Graph:
         self.nodes.append(helper.make_node(kind, inputs, [out], **attrs))
         return out
 
-    def save(self, path, shape, n_classes, opset, meta):
+    def save(self, path, shape, n_classes, opset, meta, batch='N', annotations=()):
         from onnx import TensorProto, checker, helper
-        value = lambda name, dims: helper.make_tensor_value_info(name, TensorProto.FLOAT, ['N', *dims])
+        value = lambda name, dims: helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, *dims])
         graph = helper.make_graph(self.nodes, 'qisal', [value('image', shape)], [value('logits', [n_classes])], self.consts)
-        m = helper.make_model(graph, opset_imports=[helper.make_opsetid('', opset)], producer_name='qisal',
+        graph.quantization_annotation.extend(annotations)
+        domains = sorted({'', *(o.domain for o in self.nodes)})
+        m = helper.make_model(graph, opset_imports=[helper.make_opsetid(o, 1 if o else opset) for o in domains], producer_name='qisal',
             ir_version=max(10, helper.find_min_ir_version_for([helper.make_opsetid('', opset)])))
         helper.set_model_props(m, meta)
         checker.check_model(m)
@@ -942,9 +945,10 @@ def onnx_graph_ops(
         onnx_session(file, optimized=Path(d)/'optimized.onnx')
         return dict(Counter(n.op_type for n in onnx.load(Path(d)/'optimized.onnx').graph.node).most_common())
 
-# %% ../nbs/10_deploy.ipynb #776b47ec
+# %% ../nbs/10_deploy.ipynb #4718501d
 class _FloatWriter:
     "Turns the nodes of a float network's graph into ONNX nodes."
+    who, more = 'float_onnx', 'A quantized network goes to to_onnx.'
     def __init__(self, model): self.g, self.env, self.mods = _Graph(), {}, dict(model.named_modules())
 
     def value(self, p): return np.ascontiguousarray(p.detach().float().numpy())
@@ -954,16 +958,19 @@ class _FloatWriter:
         from qisal.models import _Shortcut
         g, pair = self.g, lambda o: list(o) if isinstance(o, tuple) else [o, o]
         if isinstance(m, (nn.Identity, nn.Dropout, nn.Dropout2d)) or (isinstance(m, _Shortcut) and m.stride == 1): return x
-        if type(m) is nn.Conv2d and m.padding_mode == 'zeros' and not isinstance(m.padding, str):
-            inputs = [self.value(o) for o in (m.weight, m.bias) if o is not None]
-            return g.op('Conv', x, *inputs, kernel_shape=pair(m.kernel_size), strides=pair(m.stride), pads=pair(m.padding)*2, dilations=pair(m.dilation), group=m.groups)
-        if type(m) is nn.Linear: return g.op('Gemm', x, *[self.value(o) for o in (m.weight, m.bias) if o is not None], transB=1)
+        if type(m) is nn.Linear or (type(m) is nn.Conv2d and _plain_padding(m)): return self.weighted(m, x, self.value(m.weight))
         if type(m) is nn.ReLU: return g.op('Relu', x)
         if isinstance(m, nn.MaxPool2d) and pair(m.dilation) == [1, 1] and not m.ceil_mode: return g.op('MaxPool', x, kernel_shape=pair(m.kernel_size), strides=pair(m.stride), pads=pair(m.padding)*2)
         if isinstance(m, nn.AdaptiveAvgPool2d) and pair(m.output_size) == [1, 1]: return g.op('GlobalAveragePool', x)
         if isinstance(m, nn.Flatten) and m.start_dim == 1 and m.end_dim == -1: return g.op('Flatten', x)
         if isinstance(m, _Shortcut): return self.shortcut(x)
-        raise BadInput(f"{node.target} ({type(m).__name__}) is no layer that float_onnx has a rule for; it knows Conv2d, Linear, ReLU, BatchNorm2d, MaxPool2d, AdaptiveAvgPool2d(1), Flatten, Dropout and +. A quantized network goes to to_onnx.")
+        raise BadInput(f"{node.target} ({type(m).__name__}) is no layer that {self.who} has a rule for; it knows Conv2d, Linear, ReLU, BatchNorm2d, MaxPool2d, AdaptiveAvgPool2d(1), Flatten, Dropout and +. {self.more}")
+
+    def weighted(self, m, x, weight):
+        "A convolution or linear layer with these weights, an array or a name."
+        inputs = [x, weight] if m.bias is None else [x, weight, self.value(m.bias)]
+        if m.weight.ndim == 2: return self.g.op('Gemm', *inputs, transB=1)
+        return self.g.op('Conv', *inputs, kernel_shape=m.kernel_size, strides=m.stride, pads=m.padding*2, dilations=m.dilation, group=m.groups)
 
     def shortcut(self, x):
         g = self.g
@@ -971,6 +978,24 @@ class _FloatWriter:
         n = g.op('Div', g.op('Shape', half, start=1, end=2), np.array([2]))
         zeros = np.array([0])
         return g.op('Pad', half, g.op('Concat', zeros, n, zeros, zeros, zeros, n, zeros, zeros, axis=0), np.float32(0))
+
+def _plain_padding(m)->bool: return m.padding_mode == 'zeros' and not isinstance(m.padding, str)
+
+@patch
+def walk(self:_FloatWriter, graph)->int:
+    "Write every node of a network's graph; the number of logits."
+    n = 0
+    for node in graph.nodes:
+        args = [self.env[o] for o in node.args if o in self.env] if node.op != 'output' else []
+        if node.op == 'placeholder': self.env[node] = 'image'
+        elif node.op == 'call_module':
+            self.env[node] = self.module(node, self.mods[node.target], args[0])
+            n = getattr(self.mods[node.target], 'out_features', n)
+        elif node.op == 'output': self.g.op('Identity', self.env[node.args[0]], out='logits')
+        elif _is_add(node) and len(args) == 2: self.env[node] = self.g.op('Add', *args)
+        elif _called(node) == 'flatten' and (node.args[1:] or tuple(node.kwargs.values())) in ((1,), (1, -1)): self.env[node] = self.g.op('Flatten', args[0])
+        else: raise BadInput(f"{node.name} ({_called(node) if callable(node.target) or isinstance(node.target, str) else node.target}) is no operation that {self.who} has a rule for; it knows +, and flatten from dimension 1.")
+    return n
 
 def float_onnx(
     model, # A float network; left as it is
@@ -981,18 +1006,107 @@ def float_onnx(
     "Write a float network as an ONNX file: normalised images `N x C x H x W` in, logits out. Raises `BadInput` that names a layer for which there is no rule."
     check_range('opset', opset, 21, 25, kind=int)
     model = fold_batchnorm(model).cpu()
-    w, n = _FloatWriter(model), 0
-    for node in _trace(model).nodes:
-        args = [w.env[o] for o in node.args if o in w.env] if node.op != 'output' else []
-        if node.op == 'placeholder': w.env[node] = 'image'
-        elif node.op == 'call_module':
-            w.env[node] = w.module(node, w.mods[node.target], args[0])
-            n = getattr(w.mods[node.target], 'out_features', n)
-        elif node.op == 'output': w.g.op('Identity', w.env[node.args[0]], out='logits')
-        elif _is_add(node) and len(args) == 2: w.env[node] = w.g.op('Add', *args)
-        elif _called(node) == 'flatten' and (node.args[1:] or tuple(node.kwargs.values())) in ((1,), (1, -1)): w.env[node] = w.g.op('Flatten', args[0])
-        else: raise BadInput(f"{node.name} ({_called(node) if callable(node.target) or isinstance(node.target, str) else node.target}) is no operation that float_onnx has a rule for; it knows +, and flatten from dimension 1.")
+    w = _FloatWriter(model)
+    n = w.walk(_trace(model))
     return w.g.save(path, tuple(shape), n, opset, {})
+
+# %% ../nbs/10_deploy.ipynb #4e8f0f03
+def _plain_name(node, m): return f'{node.target} ({type(m).__name__})'
+
+class _QonnxWriter(_FloatWriter):
+    "Turns the nodes of a quantized network's graph into ONNX nodes, and its quantizers into `Quant` nodes."
+    who, more = 'to_qonnx', 'A float network goes to float_onnx.'
+    def __init__(self, model):
+        super().__init__(model)
+        self.widths, self.on_grid = {}, set()
+
+    def quant(self, x, scale, bits, name, zero=0, signed=False, narrow=False):
+        "A `Quant` node, and what states its width where `qonnx` can't tell."
+        if zero > 0: x = self.g.op('Mul', self.g.op('Round', self.g.op('Div', x, np.float32(scale))), np.float32(scale))
+        x = self.g.op('Quant', x, *(np.asarray(o, np.float32) for o in (scale, zero, bits)), out=f'{name}.quant', name=name,
+            domain='qonnx.custom_op.general', signed=int(signed), narrow=int(narrow), rounding_mode='ROUND')
+        if zero:
+            x = self.g.op('Div', x, np.float32(1), out=f'{name}.width')
+            self.widths[x] = bits
+        self.on_grid.add(x)
+        return x
+
+    def pact(self, x, m, name):
+        n = 2**m.bits - 1
+        return self.quant(self.g.op('Relu', x), np.float32(m.alpha.item())/np.float32(n), m.bits, name)
+
+    def weights(self, m, name):
+        codes, scale = layer_codes(m, name)
+        if not scale.all(): raise BadInput(f"{name} ({type(m).__name__}) has channels of scale zero, whose batch norm multiplied by zero when it was folded; give to_qonnx the network before fold_batchnorm.")
+        each = scale.reshape(-1, *[1]*(codes.ndim - 1))
+        w, step, odd = codes*each, each if m.per_channel else scale[0], _levels(m) % 2
+        return self.quant(w, step if odd else 2*step, m.w_bits, f'{name}.weight', 0 if odd else -.5, True, odd)
+
+    def annotations(self):
+        from onnx import StringStringEntryProto, TensorAnnotation
+        kind = lambda bits: StringStringEntryProto(key='finn_datatype', value=f'SCALEDINT<{bits}>')
+        return [TensorAnnotation(tensor_name=k, quant_parameter_tensor_names=[kind(v)]) for k, v in self.widths.items()]
+
+# %% ../nbs/10_deploy.ipynb #1c9e07c2
+@patch
+def layer(self:_QonnxWriter, node, m, x):
+    "A quantized convolution or linear layer, with the quantizer of its input if it has one of its own."
+    from qisal.quant import InputQuant, PACT
+    name, iq = node.target, m.input_quant
+    if m.weight.ndim == 4 and not _plain_padding(m): raise BadInput(f"{_plain_name(node, m)} has another padding than a number of zeros, which to_qonnx has no rule for; use padding_mode='zeros' and a number.")
+    if isinstance(iq, InputQuant): x = self.quant(x, iq.scale, iq.bits, f'{name}.input_quant', iq.zero_point)
+    elif isinstance(iq, PACT): x = self.pact(x, iq, f'{name}.input_quant')
+    if x not in self.on_grid: raise BadInput(f"{_plain_name(node, m)} reads values that no quantizer has put on a grid; put a PACT (an nn.ReLU before conversion) before it.")
+    return self.weighted(m, x, self.weights(m, name))
+
+@patch
+def module(self:_QonnxWriter, node, m, x):
+    "What a module of the network gives."
+    from torch import nn
+    from qisal.models import _Shortcut
+    from qisal.quant import PACT, _QuantLayer
+    if isinstance(m, _QuantLayer): return self.layer(node, m, x)
+    if isinstance(m, PACT): return self.pact(x, m, node.target)
+    if type(m) in (nn.Conv2d, nn.Linear, nn.ReLU): raise BadInput(f"{_plain_name(node, m)} is in float; to_qonnx needs every layer quantized (PACTCallback, no override to 32 bits).")
+    if isinstance(m, nn.BatchNorm2d): return self.norm(node, m, x)
+    if isinstance(m, _Shortcut) and m.stride == 2: y = self.shortcut(x, node.args[0].meta['tensor_meta'].shape[1]//2)
+    else: y = super(_QonnxWriter, self).module(node, m, x)
+    if x in self.on_grid: self.on_grid.add(y)  # what is left moves values, picks or averages them
+    return y
+
+@patch
+def norm(self:_QonnxWriter, node, m, x):
+    if m.running_var is None: raise BadInput(f"{_plain_name(node, m)} keeps no running statistics, so its values depend on the batch; train with track_running_stats=True.")
+    ones = np.ones(m.num_features, np.float32)
+    gamma, beta = (ones, 0*ones) if m.weight is None else (self.value(m.weight), self.value(m.bias))
+    return self.g.op('BatchNormalization', x, gamma, beta, self.value(m.running_mean), self.value(m.running_var), epsilon=m.eps)
+
+@patch
+def shortcut(self:_QonnxWriter, x, n):
+    "Every second pixel, `n` zero channels before and behind."
+    half = self.g.op('Slice', x, np.array([0, 0]), np.array([2**31 - 1]*2), np.array([2, 3]), np.array([2, 2]))
+    return self.g.op('Pad', half, np.array([0, n, 0, 0, 0, n, 0, 0]), np.float32(0))
+
+# %% ../nbs/10_deploy.ipynb #a9c90ce5
+def to_qonnx(
+    model, # A quantized network (`convert`, `PACTCallback`), training or baked; left as it is
+    path, # Where the file shall be; its folder must exist
+    shape:tuple, # Of an image: (channels, height, width)
+    meta:dict|None=None, # Name to text, kept in the file
+)->Path: # The written path
+    """Write a quantized network as a QONNX file: a normalised image `1 x C x H x W` in, logits out, float32 throughout, a `Quant` node wherever the network rounds.
+    Raises `BadInput` for a float network, and for a layer in float or without a rule, which it names."""
+    import copy
+    import torch
+    from torch.fx.passes.shape_prop import ShapeProp
+    from qisal.quant import quant_layers
+    if not quant_layers(model): raise BadInput(f"The {type(model).__name__} is a float network, it has nothing that a Quant node could say; train it with PACTCallback first (float_onnx writes float networks).")
+    shape, model = tuple(int(o) for o in shape), copy.deepcopy(model).cpu().eval()
+    _pooled_sizes(model, shape)  # refuses a shape that the network can't take
+    w, graph = _QonnxWriter(model), _trace(model)
+    with torch.no_grad(): ShapeProp(torch.fx.GraphModule(model, graph)).propagate(torch.zeros(1, *shape))
+    n = w.walk(graph)
+    return w.g.save(path, shape, n, 13, meta or {}, batch=1, annotations=w.annotations())
 
 # %% ../nbs/10_deploy.ipynb #7eb8fb60
 def _packed_state(model)->dict: # Name to tensor
@@ -1105,8 +1219,8 @@ Classifies images of {config['size']} x {config['size']} pixels and {config['n_i
 - An attribution shows what the network uses, not whether that is a good reason.
 """
 
-# %% ../nbs/10_deploy.ipynb #1e563d5a
-TARGETS = ('packed', 'onnx')  # what `export_model` can write
+# %% ../nbs/10_deploy.ipynb #6fd609db
+TARGETS = ('packed', 'onnx', 'qonnx')  # what `export_model` can write
 
 def _check_onnx(net, raw, name):
     "Refuse an ONNX file whose logits are not the integer network's, or that onnxruntime would run in float."
@@ -1154,7 +1268,7 @@ def _baked(learn_or_model, model):
         raise BadInput("The network has changed since learn.pact.bake(); call it again before export_model.")
     return kept
 
-# %% ../nbs/10_deploy.ipynb #e64ef597
+# %% ../nbs/10_deploy.ipynb #65f86c73
 def export_model(
     learn_or_model, # A `Learner` after `learn.pact.bake()`, or a baked network (`qisal.quant.bake(model)`)
     folder, # Where to put it; its parent folder must exist; an older model folder there is replaced
@@ -1164,7 +1278,7 @@ def export_model(
     stats=None, # (mean, std), one number a channel, of pixels scaled to 0 to 1; None: the learner's
     arch:str|None=None, # One of `ARCHS`; None: found by the names and shapes of the parameters
     extra:dict|None=None, # Anything JSON can hold, kept in the configuration. The card shows `accuracy` (0 to 1), `n_test`, `data` (name to text), `spec` (of a run), `masking` (attribution to dict(frac=[...], accuracy=[...]))
-    to=TARGETS, # What to write: 'packed' (model.safetensors), 'onnx' (model.onnx); a tuple, or text with commas
+    to=TARGETS, # What to write: 'packed' (model.safetensors), 'onnx' (model.onnx), 'qonnx' (model.qonnx.onnx); a tuple, or text with commas
     opset:int=21, # Of the ONNX file: 21 to 25
 )->Path: # The folder
     "Write the network to ship: configuration, packed codes, ONNX file, model card. Whole or not at all; raises `BadInput` for a float or un-baked network, a layer without a rule, an onnxruntime that can't run the file."
