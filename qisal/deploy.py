@@ -9,8 +9,8 @@ __all__ = ['MODEL_FORMAT', 'MODEL_VERSION', 'TARGETS', 'find_arch', 'save_model'
            'pack_codes', 'unpack_codes', 'to_onnx', 'onnx_session', 'onnx_graph_ops', 'float_onnx', 'to_qonnx',
            'export_model']
 
-# %% ../nbs/10_deploy.ipynb #d545d3ee
-import hashlib, json, os, shutil, tempfile, zipfile
+# %% ../nbs/10_deploy.ipynb #909d7c91
+import hashlib, json, os, re, shutil, tempfile, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -175,17 +175,33 @@ def read_config(
     if missing: raise BadInput(f"config.json in '{folder}' lacks {', '.join(missing)}; {_AGAIN}.")
     return c
 
-# %% ../nbs/10_deploy.ipynb #3387d555
+# %% ../nbs/10_deploy.ipynb #03fc8613
 _PICKLES = {'.pkl', '.pickle', '.pth', '.pt', '.joblib', '.dill', '.ckpt'}
 
-def _is_pickle(path)->bool:
-    "By its name, by a pickle's first bytes, or a zip file that holds one (torch.save)."
-    if path.suffix.lower() in _PICKLES: return True
-    with open(path, 'rb') as f: start = f.read(4)
-    if start[:1] == b'\x80' and start[1:2] in (b'\x02', b'\x03', b'\x04', b'\x05'): return True
-    if start != b'PK\x03\x04': return False
-    try: return any(o.endswith('.pkl') for o in zipfile.ZipFile(path).namelist())
-    except zipfile.BadZipFile: return False
+def _calls(raw:bytes)->bool:
+    "Are these bytes a pickle, of any protocol, that would call something?"
+    import pickletools
+    found = False
+    try:
+        for op, _, _ in pickletools.genops(raw): found |= op.name in ('GLOBAL', 'STACK_GLOBAL', 'INST', 'EXT1', 'EXT2', 'EXT4')
+    except ValueError: return False
+    return found
+
+def _holds_pickle(name:str, raw:bytes, depth:int=2)->bool:
+    "By its name, by a pickle's bytes, an array of objects, or an archive that holds one (torch.save, numpy.savez, gzip)."
+    import gzip, io, zlib
+    if {o.lower() for o in Path(name).suffixes} & _PICKLES: return True
+    if raw[:1] == b'\x80' and raw[1:2] in (b'\x02', b'\x03', b'\x04', b'\x05') or _calls(raw): return True
+    if raw[:6] == b'\x93NUMPY' and b'O' in raw[:256].partition(b"'descr': ")[2].partition(b',')[0]: return True
+    if not depth: return False
+    try:
+        if raw[:2] == b'\x1f\x8b': return _holds_pickle(name, gzip.GzipFile(fileobj=io.BytesIO(raw)).read(1 << 26), depth - 1)
+        if not zipfile.is_zipfile(io.BytesIO(raw)): return False
+        z = zipfile.ZipFile(io.BytesIO(raw))
+        return any(_holds_pickle(o.filename, z.open(o).read(1 << 26), depth - 1) for o in z.infolist())
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError): return False  # nothing that can be unpacked
+
+def _is_pickle(path)->bool: return _holds_pickle(path.name, path.read_bytes())
 
 def read_files(
     folder, # A model folder
@@ -205,16 +221,18 @@ def read_files(
         if _is_pickle(path): raise BadInput(f"{path.relative_to(folder)} in '{folder}' is a pickle, which can run code when it is opened; delete it, a model folder needs none.")
     return res
 
-# %% ../nbs/10_deploy.ipynb #2ecae7d5
+# %% ../nbs/10_deploy.ipynb #d981c1dc
 def _rebuild(config, raw, model=None):
-    "The network of a configuration with the tensors of `raw`, in evaluation mode."
+    "The network of a configuration with the tensors of `raw`, in evaluation mode; torch's random state stays."
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load
     from qisal.models import get_model
     from qisal.quant import apply_quant_config
     kind = check_in('kind of weights', config['weights'].get('kind'), ('tensors', 'packed'))
     try:
-        if model is None: model = get_model(config['arch'], **config['arch_args'])
+        if model is None:
+            with torch.random.fork_rng(devices=[]): model = get_model(config['arch'], **config['arch_args'])
         if config['quant']: model = apply_quant_config(model, config['quant'])
     except (KeyError, TypeError) as e: raise BadInput(f"config.json doesn't describe the network fully ({type(e).__name__}: {e}); {_AGAIN}.") from e
     try: tensors = load(raw)
@@ -907,8 +925,8 @@ def to_onnx(
     for s in net.steps: w.write(s)
     return w.g.save(path, net.shape, len(net.steps[-1].weights.scale), opset, meta or {})
 
-# %% ../nbs/10_deploy.ipynb #ae9fcdb0
-_TOO_OLD = ('Unsupported model IR version', 'guarantees* support', 'Could not find an implementation', 'is not a registered function')
+# %% ../nbs/10_deploy.ipynb #a1f08732
+_TOO_OLD = ('Unsupported model IR version', 'guarantees* support', 'Could not find an implementation', 'is not a registered function', 'No Op registered for')
 
 def onnx_session(
     file, # Path of an ONNX file, or its bytes
@@ -932,7 +950,7 @@ def onnx_session(
 
 def _reason(e)->str:
     "What onnxruntime says, without the place in its source."
-    return ' '.join(str(e).split()).rsplit('&) ', 1)[-1].rsplit('.cc:', 1)[-1][:200]
+    return re.sub(r'^.*?\.(?:cc|h):\d+ .*?\) (?=[A-Z])', '', ' '.join(str(e).split()))[:300]
 
 # %% ../nbs/10_deploy.ipynb #2088967f
 def onnx_graph_ops(
@@ -945,7 +963,7 @@ def onnx_graph_ops(
         onnx_session(file, optimized=Path(d)/'optimized.onnx')
         return dict(Counter(n.op_type for n in onnx.load(Path(d)/'optimized.onnx').graph.node).most_common())
 
-# %% ../nbs/10_deploy.ipynb #4718501d
+# %% ../nbs/10_deploy.ipynb #f81a8f3b
 class _FloatWriter:
     "Turns the nodes of a float network's graph into ONNX nodes."
     who, more = 'float_onnx', 'A quantized network goes to to_onnx.'
@@ -993,9 +1011,14 @@ def walk(self:_FloatWriter, graph)->int:
             n = getattr(self.mods[node.target], 'out_features', n)
         elif node.op == 'output': self.g.op('Identity', self.env[node.args[0]], out='logits')
         elif _is_add(node) and len(args) == 2: self.env[node] = self.g.op('Add', *args)
-        elif _called(node) == 'flatten' and (node.args[1:] or tuple(node.kwargs.values())) in ((1,), (1, -1)): self.env[node] = self.g.op('Flatten', args[0])
+        elif _called(node) == 'flatten' and (node.args[1:] or tuple(node.kwargs.values())) in ((1,), (1, -1)): self.env[node] = self.moved(args[0], self.g.op('Flatten', args[0]))
         else: raise BadInput(f"{node.name} ({_called(node) if callable(node.target) or isinstance(node.target, str) else node.target}) is no operation that {self.who} has a rule for; it knows +, and flatten from dimension 1.")
     return n
+
+@patch
+def moved(self:_FloatWriter, x, y):
+    "`y` holds values of `x`, in other places."
+    return y
 
 def float_onnx(
     model, # A float network; left as it is
@@ -1047,7 +1070,7 @@ class _QonnxWriter(_FloatWriter):
         kind = lambda bits: StringStringEntryProto(key='finn_datatype', value=f'SCALEDINT<{bits}>')
         return [TensorAnnotation(tensor_name=k, quant_parameter_tensor_names=[kind(v)]) for k, v in self.widths.items()]
 
-# %% ../nbs/10_deploy.ipynb #1c9e07c2
+# %% ../nbs/10_deploy.ipynb #f998cf40
 @patch
 def layer(self:_QonnxWriter, node, m, x):
     "A quantized convolution or linear layer, with the quantizer of its input if it has one of its own."
@@ -1071,7 +1094,11 @@ def module(self:_QonnxWriter, node, m, x):
     if isinstance(m, nn.BatchNorm2d): return self.norm(node, m, x)
     if isinstance(m, _Shortcut) and m.stride == 2: y = self.shortcut(x, node.args[0].meta['tensor_meta'].shape[1]//2)
     else: y = super(_QonnxWriter, self).module(node, m, x)
-    if x in self.on_grid: self.on_grid.add(y)  # what is left moves values, picks or averages them
+    return self.moved(x, y)  # what is left moves values, picks or averages them
+
+@patch
+def moved(self:_QonnxWriter, x, y):
+    if x in self.on_grid: self.on_grid.add(y)
     return y
 
 @patch
@@ -1170,8 +1197,8 @@ def _curve_figure(masking:dict)->bytes:
     plt.close(fig)
     return buffer.getvalue()
 
-# %% ../nbs/10_deploy.ipynb #b7071aed
-_USE = {'model.onnx': "- onnxruntime, alone: `InferenceSession('model.onnx').run(None, {{'image': x}})`, `x` float32 `N x {n_in} x {size} x {size}`: pixels scaled to 0 to 1, mean {mean} taken off, divided by {std} (a number a channel). Needs opset {opset}.",
+# %% ../nbs/10_deploy.ipynb #07932a3a
+_USE = {'model.onnx': "- onnxruntime, alone: `InferenceSession('model.onnx').run(None, {{'image': x}})`, `x` float32 `N x {n_in} x {size} x {size}`: pixels scaled to 0 to 1, mean {mean} taken off, divided by {std} (a number a channel). Needs opset {opset}. With qisal: `qisal predict IMAGES --model .`, or `qisal.serve.predict('.', images)`.",
         'model.safetensors': "- torch, with qisal: `from qisal.deploy import load_model; model, config = load_model('.')`.",
         'model.qonnx.onnx': '- `model.qonnx.onnx` is for tools that read QONNX (hardware compilers); its `Quant` nodes hold the same integers as floats.'}
 

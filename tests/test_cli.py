@@ -15,7 +15,7 @@ def refused(r, *words):
     assert r.stdout == '' and r.stderr.startswith('qisal: error: ') and r.stderr.count('\n') == 1, r.stderr
     for o in words: assert o in r.stderr, r.stderr
 
-COMMANDS = ('study', 'run', 'report', 'data', 'explain', 'export', 'bench')
+COMMANDS = ('study', 'run', 'report', 'data', 'predict', 'explain', 'export', 'bench')
 
 def test_help_lists_all_commands():
     r = qisal('--help')
@@ -135,7 +135,7 @@ def test_explain(studied, tmp_path):
     right = int(np.flatnonzero(z['pred'] == z['labels'])[0])
     Image.fromarray(z['images'][right, ..., 0]).save(tmp_path/'digit.png')
     r = qisal('explain', tmp_path/'digit.png', '--model', model, '--out', tmp_path/'o.png')
-    assert r.returncode == 0 and r.stdout.startswith(f"prediction: {z['labels'][right]}\n"), r.stdout + r.stderr
+    assert r.returncode == 0 and re.fullmatch(rf"prediction: {z['labels'][right]}\n  {z['labels'][right]}: [\d.]+%\n(  \d: [\d.]+%\n){{2}}overlay: .*o.png\n", r.stdout), r.stdout + r.stderr
     assert min(Image.open(tmp_path/'o.png').size) > 200
     Image.fromarray(z['images'][right, ..., 0]).convert('RGB').resize((90, 90)).save(tmp_path/'big.png')  # another size and mode
     assert qisal('explain', tmp_path/'big.png', '--model', model, '--out', tmp_path/'o.png').stdout.startswith('prediction: ')
@@ -152,8 +152,48 @@ def test_explain_refuses(studied, tmp_path):
     refused(qisal('explain', tmp_path/'ok.png', '--model', tmp_path, '--out', tmp_path/'o.png'))
     refused(qisal('explain', tmp_path/'ok.png', '--model', run/'model', '--out', tmp_path/'o.jpg'), '.png')
     refused(qisal('explain', tmp_path/'ok.png', '--model', run/'model', '--out', tmp_path/'no'/'o.png'), 'no folder')
+    refused(qisal('explain', tmp_path/'ok.png', '--model', run/'model', '--out', tmp_path/'o.png', '--runtime', 'onnxruntime'), 'no model.onnx', 'qisal export')
+    refused(qisal('explain', tmp_path/'ok.png', '--model', run/'model', '--out', tmp_path/'o.png', '--runtime', 'tf'), "runtime 'tf'", 'onnxruntime, torch')
     assert not (tmp_path/'o.png').exists()
 
+
+@pytest.fixture(scope='module')
+def shipped(tmp_path_factory):
+    "An exported folder, and three images: one that fits, a larger one in colour, one that is damaged."
+    import torch
+    from qisal.data import get_dls, sample_arrays
+    from qisal.deploy import export_model
+    from qisal.models import lenet5
+    from qisal.quant import bake, bit_policy, calibrate, convert
+    torch.manual_seed(0)
+    cwd, dls, x = tmp_path_factory.mktemp('shipped'), get_dls('mnist', sample=True, device='cpu'), sample_arrays('mnist').x_test
+    xb = dls.one_batch()[0]
+    net = calibrate(convert(lenet5(), bit_policy('4'), xb, input_range=dls.train.input_range), xb)
+    export_model(bake(net), cwd/'small', classes=dls.vocab, n_in=1, size=28, stats=dls.stats)
+    Image.fromarray(x[0, ..., 0]).save(cwd/'a.png')
+    Image.fromarray(x[1, ..., 0]).convert('RGB').resize((60, 50)).save(cwd/'b.jpg')
+    (cwd/'cut.png').write_bytes((cwd/'a.png').read_bytes()[:60])
+    return cwd
+
+def test_predict(shipped):
+    from qisal.serve import predict
+    def said(*args): return qisal('predict', *args, '--model', 'small', cwd=shipped, PYTHONPATH=str(Path(__file__).parents[1]))
+    p = predict(shipped/'small', [shipped/'a.png', shipped/'b.jpg'], resize=True)
+    want = [f'{f}\t{n}\t{q:.4f}' for f, n, q in zip(('a.png', 'b.jpg'), p.labels, p.probs.max(1))]
+    for args, lines in ((('a.png',), want[:1]), (('a.png', 'b.jpg', '--resize'), want), (('a.png', '--runtime', 'torch'), want[:1])):
+        r = said(*args)
+        assert (r.returncode, r.stderr, r.stdout.splitlines()) == (0, '', lines), r.stdout + r.stderr
+    refused(said('a.png', 'b.jpg'), 'b.jpg', '60 x 50', '28 x 28', '--resize')
+    refused(said('a.png', 'cut.png', '--resize'), 'cut.png')
+    refused(said('nowhere.png'), 'nowhere.png')
+    refused(said('a.png', '--runtime', 'tf'), "runtime 'tf'")
+    refused(said(), 'images')
+    refused(qisal('predict', 'a.png', '--model', 'none', cwd=shipped, PYTHONPATH=str(Path(__file__).parents[1])), 'none', 'no folder')
+
+def test_explain_in_onnxruntime(shipped):
+    r = qisal('explain', 'b.jpg', '--model', 'small', '--runtime', 'onnxruntime', cwd=shipped, PYTHONPATH=str(Path(__file__).parents[1]))
+    assert r.returncode == 0 and re.fullmatch(r'prediction: \d\n(  \d: [\d.]+%\n){3}overlay: overlay.png\n', r.stdout), r.stdout + r.stderr
+    assert min(Image.open(shipped/'overlay.png').size) > 200
 
 def test_export_of_a_run_and_of_a_model_folder(tmp_path):
     import torch
