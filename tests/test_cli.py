@@ -216,7 +216,7 @@ def test_export_of_a_run_and_of_a_model_folder(tmp_path):
         assert r.returncode == 0 and f'model: {folder}' in r.stdout, r.stderr
         assert {o.name for o in (tmp_path/folder).iterdir()} == {'README.md', 'config.json', 'model.onnx'}
 
-@pytest.mark.parametrize('source,args,words', [('nowhere', [], ['nowhere']), ('float', [], ['float network', 'PACTCallback']), ('float', ['--opset', '20'], ['float network']), ('float', ['--to', 'pickle'], ['pickle', 'packed']), ('empty', [], ['empty'])], ids=str)
+@pytest.mark.parametrize('source,args,words', [('nowhere', [], ['nowhere']), ('float', [], ['float network', 'PACTCallback']), ('float', ['--opset', '20'], ['opset is 20']), ('float', ['--to', 'pickle'], ['pickle', 'packed']), ('empty', [], ['empty'])], ids=str)
 def test_export_refuses_and_leaves_nothing(tmp_path, source, args, words):
     from qisal.deploy import save_model
     from qisal.models import lenet5
