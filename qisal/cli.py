@@ -44,12 +44,12 @@ def split(
     try: return [kind(o) for o in parts]
     except ValueError: raise BadInput(f"--{name} is '{text}'; it must be a comma-separated list of whole numbers, such as 0,1,2.") from None
 
-# %% ../nbs/13_cli.ipynb #d6febfb4
+# %% ../nbs/13_cli.ipynb #99d0bcf0
 def _opt(text, **kw): return typer.Option(help=text, **kw)
 
 def _over(**given)->dict: return {k: v for k, v in given.items() if v is not None}
 
-STUDY_HELP = """Run a grid of trainings and write a report. Runs that are done are not repeated.
+STUDY_HELP = """Run a grid of trainings, measure each network as a file, and write a report. Runs that are done are not repeated.
 
 Examples:
 
@@ -59,7 +59,7 @@ Examples:
   qisal study --profile paper --jobs 8 --threads 2
   qisal study --datasets folder:photos --bits 32,4 --epochs 10"""
 
-# %% ../nbs/13_cli.ipynb #3e1e1357
+# %% ../nbs/13_cli.ipynb #b242ad5d
 @app.command(help=STUDY_HELP)
 @polite
 def study(
@@ -77,6 +77,7 @@ def study(
     jobs: Annotated[Optional[int], _opt("Runs at the same time; default: one a core.")] = None,
     threads: Annotated[Optional[int], _opt("Threads of each run; default: cores divided by jobs.")] = None,
     template: Annotated[Optional[Path], _opt("Another notebook in place of 90_experiment.ipynb.")] = None,
+    measure: Annotated[bool, _opt("Measure bytes, accuracy and time of the exported files, once all runs are done.")] = True,
     out: Annotated[Optional[Path], _opt("Folder of the results; default: reports/PROFILE.")] = None,
 ):
     from qisal.run import PROFILES, grid, run_study
@@ -85,12 +86,12 @@ def study(
                  **_over(arch=arch, epochs=epochs, n_train=n_train, frac=frac, mode=mode, attributions=split(attributions, 'attributions')))
     out = Path('reports', profile) if out is None else out
     signal.signal(signal.SIGTERM, _interrupt)
-    table = run_study(specs, out, jobs, threads, template, command=shlex.join(['qisal', *sys.argv[1:]]))
+    table = run_study(specs, out, jobs, threads, template, command=shlex.join(['qisal', *sys.argv[1:]]), measure=measure)
     _conclude(table, specs, out)
 
 def _interrupt(*_): raise KeyboardInterrupt
 
-# %% ../nbs/13_cli.ipynb #e94615a9
+# %% ../nbs/13_cli.ipynb #8d5b1871
 def results_table(
     table, # `qisal.run.summary`
 )->str: # Text for a terminal
@@ -107,11 +108,12 @@ def _conclude(table, specs, out):
     from qisal.report import make_report
     path = make_report(out)
     typer.echo(results_table(table))
-    failed = table[table.run_id.isin([o.run_id for o in specs]) & (table.status != 'done')]
+    asked = table[table.run_id.isin([o.run_id for o in specs]) & (table.error.ne('') | (table.status != 'done'))]
+    failed, unmeasured = asked[asked.status != 'done'], asked[asked.status == 'done']
     typer.echo(f"\nreport: {os.path.relpath(path)}")
-    if len(failed):
-        typer.echo(f"qisal: {len(failed)} of {len(specs)} runs failed: {', '.join(failed.run_id)}", err=True)
-        raise typer.Exit(1)
+    if len(failed): typer.echo(f"qisal: {len(failed)} of {len(specs)} runs failed: {', '.join(failed.run_id)}", err=True)
+    if len(unmeasured): typer.echo(f"qisal: could not be measured as files: {', '.join(unmeasured.run_id)}", err=True)
+    if len(asked): raise typer.Exit(1)
 
 # %% ../nbs/13_cli.ipynb #0bc36268
 RUN_HELP = """Do one run, unless it is done. A study writes the spec of each of its runs to DIR/specs, so that a scheduler can start them.
@@ -145,22 +147,36 @@ def run(
 
 def _terminate(*_): sys.exit(143)
 
-# %% ../nbs/13_cli.ipynb #ef26b012
+# %% ../nbs/13_cli.ipynb #e38c7fea
 @app.command(help="""Write report.html from the runs in a results folder.
 
 Examples:
 
 \b
   qisal report reports/smoke
+  qisal report reports/smoke --measure    # first measure bytes, accuracy and time of the exported files, where that wasn't done
   qisal report reports/smoke --notebook   # and 91_study, executed, as reports/smoke/study.ipynb""")
 @polite
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder that was given to `qisal study --out`.", metavar='DIR')],
+    measure: Annotated[bool, _opt("Measure the networks of finished runs as files first. Needs their model folders and data; the machine should do nothing else.")] = False,
     notebook: Annotated[bool, _opt("Execute the notebook that reads all runs, too, and keep it as DIR/study.ipynb.")] = False,
 ):
     from qisal.report import make_report, study_notebook
+    failed = _measure(folder) if measure else {}
     typer.echo(f"report: {os.path.relpath(make_report(folder))}")
     if notebook: typer.echo(f"notebook: {os.path.relpath(study_notebook(folder))}")
+    if failed: raise typer.Exit(1)
+
+def _measure(folder)->dict:
+    "Measure a study's files, say what could not be, and give the failures."
+    from qisal.report import read_study
+    from qisal.run import measure_study
+    read_study(folder)  # or it is no study
+    found = measure_study(folder)
+    if found['without']: typer.echo(f"qisal: not measured, for want of a model folder: {', '.join(found['without'])}", err=True)
+    if found['failed']: typer.echo(f"qisal: could not be measured: {', '.join(found['failed'])}", err=True)
+    return found['failed']
 
 # %% ../nbs/13_cli.ipynb #639971c6
 @app.command(help="""Fetch a dataset unless it is there, check every array, and say what it is.

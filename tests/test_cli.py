@@ -1,5 +1,5 @@
 """The `qisal` command as a user runs it: exit status, one clear line for bad input, nothing half-written."""
-import json, os, re, subprocess, sys, time
+import json, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
@@ -60,8 +60,10 @@ def test_data_of_a_folder_with_a_corrupt_image(tmp_path):
     refused(qisal('data', f'folder:{tmp_path}'), '3.png')
 
 def test_report_refuses(tmp_path):
-    refused(qisal('report', tmp_path/'none'))
-    refused(qisal('report', tmp_path))
+    for more in ((), ('--measure',)):
+        refused(qisal('report', tmp_path/'none', *more), 'none')
+        refused(qisal('report', tmp_path, *more))
+    assert not list(tmp_path.iterdir())
 
 def test_run_refuses(tmp_path, template):  # noqa: F811
     out = tmp_path/'out'
@@ -115,6 +117,39 @@ def test_real_study_from_another_folder(studied):
     z = np.load(run/'maps.npz', allow_pickle=False)
     assert z['images'].shape == (10, 28, 28, 1) and z['images'].dtype == np.uint8 and z['maps'].shape == (10, 28, 28) and z['maps'].dtype == np.float32
     assert list(z['labels']) == list(range(10)) and z['pred'].shape == (10,)
+
+def test_real_study_measures_its_files(studied):
+    cwd, _ = studied
+    run, = (cwd/'mine'/'runs').iterdir()
+    s = json.loads((run/'shipped.json').read_text())
+    assert s['kind'] == 'float' and s['n_test'] == 1000 and s['differ'] <= 1 and abs(s['accuracy'] - json.loads((run/'metrics.json').read_text())['accuracy']) <= .001
+    assert [o['bits'] for o in s['after_training']] == ['8', '8', '4', '2'] and str(cwd) not in (run/'shipped.json').read_text()
+    page = (cwd/'mine'/'report.html').read_text()
+    assert 'id="ships"' in page and 'id="after"' in page
+    header, row = (cwd/'mine'/'summary.csv').read_text().splitlines()
+    assert 'file_bytes,file_accuracy,latency_1,latency_256' in header and f",{s['bytes']['onnx']},{s['accuracy']}," in row
+
+def test_report_measures_what_is_missing(studied, tmp_path):
+    "Gone: measured again; there: left alone; broken: said, in one line, and the report is written all the same."
+    cwd, _ = studied
+    shutil.copytree(cwd/'mine', tmp_path/'mine')
+    run, = (tmp_path/'mine'/'runs').iterdir()
+    (run/'shipped.json').unlink()
+    r = qisal('report', 'mine', cwd=tmp_path)
+    assert r.returncode == 0 and not (run/'shipped.json').exists() and 'were not measured as files' in (tmp_path/'mine'/'report.html').read_text()
+    r = qisal('report', 'mine', '--measure', cwd=tmp_path)
+    assert r.returncode == 0 and 'file 4,800 kB' in r.stdout and 'id="after"' in (tmp_path/'mine'/'report.html').read_text(), r.stdout + r.stderr
+    before = (run/'shipped.json').stat().st_mtime_ns
+    r = qisal('report', 'mine', '--measure', cwd=tmp_path)
+    assert r.returncode == 0 and 'file 4,800 kB' not in r.stdout and (run/'shipped.json').stat().st_mtime_ns == before
+    (run/'shipped.json').unlink()
+    os.truncate(run/'model'/'model.safetensors', 1000)
+    r = qisal('report', 'mine', '--measure', cwd=tmp_path)
+    assert r.returncode == 1 and f'qisal: could not be measured: {run.name}' in r.stderr and 'truncated' in r.stdout and 'Traceback' not in r.stderr and 'report: ' in r.stdout
+    assert 'could not be measured: model.safetensors' in (tmp_path/'mine'/'report.html').read_text()
+    shutil.rmtree(run/'model'); (run/'shipped.json').unlink()
+    r = qisal('report', 'mine', '--measure', cwd=tmp_path)
+    assert r.returncode == 0 and f'for want of a model folder: {run.name}' in r.stderr
 
 def test_second_study_repeats_nothing(studied):
     cwd, _ = studied
