@@ -9,9 +9,9 @@ __all__ = ['MODEL_FORMAT', 'MODEL_VERSION', 'TARGETS', 'find_arch', 'save_model'
            'pack_codes', 'unpack_codes', 'to_onnx', 'onnx_session', 'onnx_graph_ops', 'float_onnx', 'to_qonnx',
            'export_model']
 
-# %% ../nbs/10_deploy.ipynb #909d7c91
+# %% ../nbs/10_deploy.ipynb #452cb43b
 import hashlib, json, os, re, shutil, tempfile, zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -321,7 +321,7 @@ def _norms(model)->dict:
         res[node.target] = conv.target
     return res
 
-# %% ../nbs/10_deploy.ipynb #c3406b52
+# %% ../nbs/10_deploy.ipynb #9af17e87
 def _fold(conv, bn, name):
     "Put `bn` into `conv`."
     import torch
@@ -330,13 +330,15 @@ def _fold(conv, bn, name):
     gamma, beta = (torch.ones_like(var), torch.zeros_like(var)) if bn.weight is None else (bn.weight.detach().double(), bn.bias.detach().double())
     g = gamma/(var + bn.eps).sqrt()
     bias = conv.bias.detach().double() if conv.bias is not None else 0.
-    conv.bias = nn.Parameter((beta + (bias - mean)*g).float())
+    bias = beta + (bias - mean)*g
+    conv.bias = nn.Parameter(bias.float())
     if not hasattr(conv, 'w_bits') or conv.w_bits == 32: conv.weight.data = (conv.weight.double()*g[:, None, None, None]).float()
     else:
         codes, scale = (torch.from_numpy(o).to(g.device) for o in layer_codes(conv, name))
         conv.register_buffer('folded_codes', torch.where(g[:, None, None, None] < 0, -codes, codes), persistent=False)
-        conv.register_buffer('folded_scale', (scale.double()*g.abs()).float(), persistent=False)
-        conv.weight.data, conv.baked, conv.per_channel = conv.folded_codes*conv.folded_scale[:, None, None, None], True, True
+        conv.register_buffer('folded_scale', scale.double()*g.abs(), persistent=False)
+        conv.register_buffer('folded_bias', bias, persistent=False)  # the integer network takes both unrounded
+        conv.weight.data, conv.baked, conv.per_channel = conv.folded_codes*conv.folded_scale.float()[:, None, None, None], True, True
 
 def fold_batchnorm(
     model, # A network, float or quantized, whose batch norms stand behind convolutions; left as it is
@@ -352,7 +354,7 @@ def fold_batchnorm(
         setattr(mods[parent], leaf, nn.Identity())
     return model
 
-# %% ../nbs/10_deploy.ipynb #abb5ae93
+# %% ../nbs/10_deploy.ipynb #25bdcd24
 @dataclass(frozen=True)
 class IntGrid:
     "Integers 0 to `n` that stand for numbers: `scale*(code - zero)`."
@@ -366,7 +368,7 @@ class IntWeights:
     name: str # Of the layer in the network
     grid: IntGrid # Of its inputs
     codes: np.ndarray # int8, (out, in, height, width) or (out, in)
-    scale: np.ndarray # float32, one an output channel, 0 or above
+    scale: np.ndarray # One an output channel, 0 or above; float64 where batch norm was folded in, else float32
     bias: np.ndarray # float64, one an output channel
     bits: int # Of a code
     levels: int # Of the grid of the weights
@@ -407,18 +409,27 @@ def _patches(x, window, stride, padding)->tuple: # (rows, (N, height, width))
     x = np.lib.stride_tricks.sliding_window_view(x, window, (2, 3))[:, :, ::stride[0], ::stride[1]].transpose(0, 2, 3, 1, 4, 5)
     return x.reshape(np.prod(x.shape[:3]), -1), x.shape[:3]
 
-# %% ../nbs/10_deploy.ipynb #3506dc29
-def _stairs(w:IntWeights, grid:IntGrid)->tuple: # (smallest sum for each code above 0, can it be reached and missed?), both channels x n
-    "The staircase of a layer with its bias unrounded."
-    half = np.arange(grid.n) + .5
-    first = np.ceil((half*grid.scale - w.bias[:, None])/(w.scale.astype(np.float64)*np.float32(w.grid.scale))[:, None])
+# %% ../nbs/10_deploy.ipynb #e1759b39
+def _stairs(w:IntWeights, grid:IntGrid, offset)->tuple: # (smallest sum for each code above 0, can it be reached and missed?), both `offset.shape` x n
+    "The staircase of a layer with unrounded offsets, one or more a channel, in steps of `grid`."
+    half, wide = np.arange(grid.n) + .5, lambda v: v.reshape(-1, *[1]*offset.ndim)
+    first = np.ceil((half - offset[..., None])/wide(_factor(w, grid)))
     rows, least, most = w.codes.reshape(len(w.codes), -1).astype(np.int64), -w.grid.zero, w.grid.n - w.grid.zero
-    low, high = (np.where(rows > 0, rows*a, rows*b).sum(1)[:, None] for a, b in ((least, most), (most, least)))
+    low, high = (wide(np.where(rows > 0, rows*a, rows*b).sum(1)) for a, b in ((least, most), (most, least)))
     return first, (first <= high) & (first > low)
+
+def _factor(t, grid): # float64, one a channel; one in all for a grid
+    "Steps of `grid` in a step of a term's sums."
+    return np.atleast_1d(np.float64(t.grid.scale)*t.scale if isinstance(t, IntWeights) else np.float64(t.scale))/grid.scale
+
+def _edges(w:IntWeights, grid:IntGrid, offset): # int32, 4 x `offset.shape` x n
+    "The sums on both sides of each stair; 0 where a stair can't be climbed. Two staircases that agree there agree everywhere."
+    first, real = _stairs(w, grid, offset)
+    return np.where(real, first + np.arange(-2, 2).reshape(4, *[1]*first.ndim), 0).astype(np.int32)
 
 def _fit_stairs(w:IntWeights, grid:IntGrid, bias, step)->tuple: # (bias, step of the sums), float64, one a channel
     "An integer bias and a step near the given ones that climb the same stairs as the exact layer; the given ones in a channel that has none."
-    (first, real), half, k = _stairs(w, grid), np.arange(grid.n) + .5, w.stretch
+    (first, real), half, k = _stairs(w, grid, w.bias/grid.scale), np.arange(grid.n) + .5, w.stretch
     biases = bias[:, None] + np.array(sorted(range(-2*k, 2*k + 1), key=abs))
     low, high = np.zeros(biases.shape), np.full(biases.shape, np.inf)
     for j in range(grid.n):  # M must lift the first sum of stair j to it, and the sum before it not
@@ -431,7 +442,7 @@ def _fit_stairs(w:IntWeights, grid:IntGrid, bias, step)->tuple: # (bias, step of
     m = np.clip(step/grid.scale, low*(1 + 4e-7), high*(1 - 4e-7))
     return np.where(exact, new, bias), np.where(exact, m*grid.scale, step)
 
-# %% ../nbs/10_deploy.ipynb #b547b777
+# %% ../nbs/10_deploy.ipynb #b0263bb0
 def _per_channel(v, ndim): return v.reshape(1, -1, *[1]*(ndim - 2))
 
 def _to_grid(y, n): return np.clip(np.rint(y), 0, n).astype(np.uint8)
@@ -457,30 +468,49 @@ class IntLayer:
         self.bias = np.rint(w.bias/step)
         if self.grid: self.bias, step = _fit_stairs(w, self.grid, self.bias, step)
         self.bias, self.w_scale = self.bias.astype(np.int32), (step/np.float32(w.grid.scale)).astype(np.float32)
-    def run(self, x):
-        acc = self.weights.accumulate(x)
+    def run(self, x): return self.rescale(self.weights.accumulate(x))
+    def rescale(self, acc):
         acc = acc*np.int32(self.weights.stretch) + _per_channel(self.bias, acc.ndim)
         m = np.float32(self.weights.grid.scale)*self.w_scale
         if self.grid is None: return acc.astype(np.float32)*_per_channel(m, acc.ndim)
         return _to_grid(acc.astype(np.float32)*_per_channel(m/np.float32(self.grid.scale), acc.ndim), self.grid.n)
+    def is_exact(self)->bool:
+        "Does every sum get the integer that the unrounded bias and scale give it?"
+        w, acc = self.weights, _edges(self.weights, self.grid, self.weights.bias/self.grid.scale)
+        exact = acc*_per_channel(_factor(w, self.grid), acc.ndim) + _per_channel(w.bias/self.grid.scale, acc.ndim)
+        return np.array_equal(self.rescale(acc), _to_grid(exact, self.grid.n))
 
 @dataclass(eq=False)
 class IntSum:
-    "The sum of layers (`Weights`) and of integers on other grids (`Grid`), rounded once to a grid."
+    "The sum of layers (`Weights`) and of integers on other grids (`Grid`), rounded once to a grid. `kind` is float32 where it provably rounds like float64, else float64."
     name: str
     src: tuple
     terms: tuple
     grid: IntGrid
-    def factor(self, t):
-        step = np.float32(t.grid.scale)*t.scale if isinstance(t, IntWeights) else np.full(1, t.scale, np.float32)
-        return step/np.float32(self.grid.scale)
-    def offset(self): return sum(t.bias for t in self.terms if isinstance(t, IntWeights))/np.float64(self.grid.scale)
-    def run(self, *xs):
+    def __post_init__(self):
+        self.factors, self.kind = [_factor(t, self.grid) for t in self.terms], np.float64
+        self.offset = np.atleast_1d(np.float64(sum(t.bias for t in self.terms if isinstance(t, IntWeights))/self.grid.scale))
+        layers = [t for t in self.terms if isinstance(t, IntWeights)]
+        if len(layers) == 1 and len(self.terms) <= 2 and (layers[0].scale > 0).all(): self.narrow(layers[0])
+    def run(self, *xs): return self.rescale(*(t.accumulate(x) if isinstance(t, IntWeights) else x for t, x in zip(self.terms, xs)))
+    def rescale(self, *accs):
         y = 0
-        for t, x in zip(self.terms, xs):
-            acc = t.accumulate(x) if isinstance(t, IntWeights) else x
-            y = acc.astype(np.float32)*_per_channel(self.factor(t), acc.ndim) + y
-        return _to_grid(y + _per_channel(np.atleast_1d(self.offset()).astype(np.float32), y.ndim), self.grid.n)
+        for f, acc in zip(self.factors, accs): y = acc.astype(self.kind)*_per_channel(f.astype(self.kind), acc.ndim) + y
+        return _to_grid(y + _per_channel(self.offset.astype(self.kind), y.ndim), self.grid.n)
+    def narrow(self, w):
+        "Take float32 if every input gets the integer of float64, the offset of a channel moved in its last places if need be."
+        other = next(((f, np.arange(t.n + 1)) for f, t in zip(self.factors, self.terms) if t is not w), (np.zeros(1), np.zeros(1, int)))
+        if len(w.codes)*len(other[1])*self.grid.n > 2**19: return  # two grids of 8 bits: float32 has no chance
+        acc = _edges(w, self.grid, self.offset[:, None] + other[0]*other[1])
+        accs = [acc if t is w else other[1][:, None] for t in self.terms]
+        want, exact, found = self.rescale(*accs), self.offset, np.zeros(len(w.codes), bool)
+        kept, self.kind = exact.copy(), np.float32
+        for k in sorted(range(-32, 33), key=abs):
+            self.offset = exact + k*np.spacing(np.maximum(np.abs(exact), 1).astype(np.float32))
+            right = (self.rescale(*accs) == want).all((0, 2, 3))
+            kept, found = np.where(right & ~found, self.offset, kept), found | right
+            if found.all(): break
+        self.offset, self.kind = (kept, np.float32) if found.all() else (exact, np.float64)
 
 # %% ../nbs/10_deploy.ipynb #194bcd72
 @dataclass(eq=False)
@@ -553,7 +583,7 @@ def _describe(s)->str:
         if isinstance(w, IntWeights): text += f" {'x'.join(map(str, w.codes.shape))} codes of {w.bits} bits"
     return text + (f' -> 0 to {grid.n}, step {grid.scale:.4g}' if grid else '')
 
-# %% ../nbs/10_deploy.ipynb #2c283298
+# %% ../nbs/10_deploy.ipynb #b27f35cc
 @dataclass
 class _Value:
     "What a node of the graph gives: integers of a step (`grid`), or a sum of (source, term) that no step has rounded yet."
@@ -565,9 +595,10 @@ class _Builder:
     "Turns the nodes of a graph into steps."
     def __init__(self, model, pooled):
         self.mods, self.pooled, self.steps, self.env = dict(model.named_modules()), pooled, [], {}
-        self.exact_bias = False
+        self.adds = False
 
     def add(self, step, grid):
+        step.name = _unique(step.name, ('image', 'logits', *(o.name for o in self.steps)))
         self.steps.append(step)
         return _Value(step.name, grid)
 
@@ -585,15 +616,21 @@ class _Builder:
         terms = v.terms or ((self.codes(node, v).name, v.grid),)
         if any(isinstance(t, IntGrid) and t.zero for _, t in terms): self.refuse(node, 'reads the image itself; only a convolution or linear layer can.')
         src, terms = zip(*terms)
-        if len(terms) == 1 and not self.exact_bias and _fits_int32(terms[0]) and terms[0].codes.ndim == 4: return self.add(IntLayer(name, src, terms[0], grid), grid)
+        if len(terms) == 1 and _fits_int32(terms[0]) and terms[0].codes.ndim == 4:
+            layer = IntLayer(name, src, terms[0], grid)
+            if not self.adds or layer.is_exact(): return self.add(layer, grid)
         return self.add(IntSum(name, src, terms, grid), grid)
+
+def _unique(name, taken):
+    "A name of its own for a step: a module may be used twice, or be called like the input."
+    return next(o for o in (name, *(f'{name}#{i}' for i in range(2, len(taken) + 3))) if o not in taken)
 
 def _fits_int32(w)->bool:
     "Has a layer's bias room on the grid of its sums? Not where batch norm made a scale (almost) zero."
     if not isinstance(w, IntWeights) or not (w.scale > 0).all(): return False
     return bool((np.abs(w.bias)*w.stretch < 2.**30*w.scale.astype(np.float64)*w.grid.scale).all())
 
-# %% ../nbs/10_deploy.ipynb #0026e032
+# %% ../nbs/10_deploy.ipynb #fa129e45
 @patch
 def layer(self:_Builder, node, m, v)->_Value:
     "A convolution or linear layer: one term, not rounded yet."
@@ -603,7 +640,7 @@ def layer(self:_Builder, node, m, v)->_Value:
     if isinstance(iq, InputQuant): v = self.add(IntQuantize(f'{node.target}.input_quant', ('image',), g := IntGrid(iq.scale, iq.zero_point, iq.n)), g)
     elif isinstance(iq, PACT): v = self.to_grid(node, f'{node.target}.input_quant', iq, v)
     codes, scale = layer_codes(m, node.target)
-    bias = np.zeros(len(codes)) if m.bias is None else m.bias.detach().double().numpy()
+    bias = np.zeros(len(codes)) if m.bias is None else getattr(m, 'folded_bias', m.bias.detach()).double().numpy()
     place = {}
     if isinstance(m, nn.Conv2d):
         if m.groups > 1 or m.dilation != (1, 1) or m.padding_mode != 'zeros' or isinstance(m.padding, str):
@@ -642,7 +679,7 @@ def function(self:_Builder, node)->_Value:
     if _called(node) == 'flatten' and (node.args[1:] or tuple(node.kwargs.values())) in ((1,), (1, -1)): return self.add(IntFlatten(node.name, (self.codes(node, args[0]).name,)), args[0].grid)
     self.refuse(node, 'is no operation that the integer network has a rule for; it knows +, and flatten from dimension 1.')
 
-# %% ../nbs/10_deploy.ipynb #b3c0d860
+# %% ../nbs/10_deploy.ipynb #dd170790
 def _pooled_sizes(model, shape)->dict:
     "Name of each average pooling to the number of pixels that it averages."
     import torch
@@ -668,7 +705,7 @@ def integer_network(
     model = fold_batchnorm(model).cpu()
     b = _Builder(model, _pooled_sizes(model, shape))
     graph = _trace(model)
-    b.exact_bias = any(_is_add(node) for node in graph.nodes)
+    b.adds = any(_is_add(node) for node in graph.nodes)
     for node in graph.nodes:
         if node.op == 'placeholder': b.env[node] = _Value('image')
         elif node.op == 'call_module': b.env[node] = b.module(node, b.mods[node.target], b.env[node.args[0]])
@@ -684,7 +721,7 @@ def finish(self:_Builder, node, v):
     (src, w), = v.terms
     self.steps.append(IntLayer('logits', (src,), w, None))
 
-# %% ../nbs/10_deploy.ipynb #7c5657a6
+# %% ../nbs/10_deploy.ipynb #91513942
 def _float_codes(model, xb)->dict:
     "Name of each quantizer to (its input in steps, codes), from the network in torch."
     import torch
@@ -695,7 +732,7 @@ def _float_codes(model, xb)->dict:
             step, n = (m.scale, m.n) if isinstance(m, InputQuant) else (m.alpha.detach()/(2**m.bits - 1), 2**m.bits - 1)
             before = x[0]/step
             codes = m.codes(x[0]) if isinstance(m, InputQuant) else before.round().clamp(0, n)
-            seen[name] = (before.numpy(), codes.numpy())
+            seen[_unique(name, ('image', 'logits', *seen))] = (before.numpy(), codes.numpy())
         return hook
     for name, m in model.named_modules():
         if isinstance(m, (PACT, InputQuant)): hooks.append(m.register_forward_hook(listen(name)))
@@ -709,33 +746,36 @@ def first_difference(
     model, # The quantized network in torch, on the CPU; run in evaluation mode
     net:IntegerNetwork, # The same on integers
     xb, # Images, normalised, `N x C x H x W`
+    image:int|None=None, # Look at this one alone; torch still gets all, since with their number the order of its sums changes. None: look at all
 )->dict|None: # `layer`, `differ` (integers that differ), `of`, `tie` (how far from the middle between two integers they were in torch, at most); None: no difference
     "The first quantizer whose integers differ between the two."
-    modes, got = {m: m.training for m in model.modules()}, net.codes(xb)
+    if image is not None: check_range('image', image, 0, len(xb) - 1, kind=int)
+    rows = slice(None) if image is None else slice(image, image + 1)
+    modes, got = {m: m.training for m in model.modules()}, net.codes(xb[rows])
     try: want = _float_codes(model.eval(), xb)
     finally:
         for m, mode in modes.items(): m.training = mode
     for name in got:
         if name not in want: continue
-        before, codes = want[name]
+        before, codes = (o[rows] for o in want[name])
         bad = codes != got[name]
         if bad.any(): return dict(layer=name, differ=int(bad.sum()), of=bad.size, tie=float(np.abs(before - np.floor(before) - .5)[bad].max()))
 
-# %% ../nbs/10_deploy.ipynb #62ea57d3
+# %% ../nbs/10_deploy.ipynb #d453f6f2
 class _Graph:
     "Collects the nodes and constants of an ONNX graph; equal constants are stored once."
     def __init__(self): self.nodes, self.consts, self.seen, self.count = [], [], {}, 0
 
     def name(self):
         self.count += 1
-        return f't{self.count}'
+        return f't#{self.count}'  # no module's name has a #
 
     def const(self, value, kind=None):
         from onnx import numpy_helper
         value = np.asarray(value, kind)
         key = (value.dtype.str, value.shape, value.tobytes())
         if key not in self.seen:
-            self.seen[key] = f'c{len(self.consts)}'
+            self.seen[key] = f'c#{len(self.consts)}'
             self.consts.append(numpy_helper.from_array(value, self.seen[key]))
         return self.seen[key]
 
@@ -814,12 +854,13 @@ def _weights(g, w:IntWeights, signed:bool, stretch:int)->str:
     if w.bits == 8: return g.const(meant[index])
     return g.op('Gather', meant, _unpacked(g, index, w.bits, w.codes.shape))
 
-# %% ../nbs/10_deploy.ipynb #1d126a15
+# %% ../nbs/10_deploy.ipynb #1fe55be7
 class _Writer:
     "Turns the steps of an integer network into nodes."
     def __init__(self, net):
         self.g, self.env, self.unclipped, self.channels = _Graph(), {'image': 'image'}, {}, {}
         for s in net.steps: self.channels[s.name] = _channels(s, self.channels)
+        self.last = {s.name for s in net.steps if isinstance(s, IntFlatten) and _feeds_layers(s, net.steps)}  # flattened with the channels last
 
     def raw_name(self, s):
         "The name of a result that needs no clip; None: the clip behind it will have it."
@@ -847,38 +888,59 @@ class _Writer:
     def zero(self, w): return np.int8(0) if w.signed else np.uint8(128)
 
     def conv(self, s):
-        w, i = s.weights, s.weights.grid
-        return self.g.op('QLinearConv', self.read(s.src[0]), np.float32(i.scale), np.uint8(i.zero), _weights(self.g, w, w.signed, w.stretch), s.w_scale,
-            np.full(len(w.scale), self.zero(w)), np.float32(s.grid.scale), np.uint8(0), s.bias, kernel_shape=w.codes.shape[2:], strides=w.stride, pads=w.padding*2, out=self.raw_name(s))
+        w, i, x = s.weights, s.weights.grid, self.read(s.src[0])
+        fourfold = _is_fourfold(w)
+        weight, zero = _weights(self.g, w, w.signed or fourfold, w.stretch), np.int8(0) if fourfold else self.zero(w)
+        if fourfold: x, weight = (self.g.op('Pad', o, np.array([0, 0, 0, 0, 0, 3, 0, 0]), kind(0)) for o, kind in ((x, np.uint8), (weight, np.int8)))
+        return self.g.op('QLinearConv', x, np.float32(i.scale), np.uint8(i.zero), weight, s.w_scale,
+            np.full(len(w.scale), zero), np.float32(s.grid.scale), np.uint8(0), s.bias, kernel_shape=w.codes.shape[2:], strides=w.stride, pads=w.padding*2, out=self.raw_name(s))
+
+    def laid_out(self, w, src):
+        "A layer's weights, in the order in which its inputs were flattened."
+        if src not in self.last: return w
+        codes = w.codes.reshape(len(w.codes), self.channels[src], -1).transpose(0, 2, 1).reshape(w.codes.shape)
+        return replace(w, codes=codes)
 
     def gemm(self, s):
         w, i, g = s.weights, s.weights.grid, self.g
         x = g.op('DequantizeLinear', self.read(s.src[0]), np.float32(i.scale), np.uint8(i.zero))
         zeros = np.full(len(w.scale), self.zero(w))
-        weight = g.op('DequantizeLinear', _weights(g, w, w.signed, w.stretch), s.w_scale, zeros, axis=0)
+        weight = g.op('DequantizeLinear', _weights(g, self.laid_out(w, s.src[0]), w.signed, w.stretch), s.w_scale, zeros, axis=0)
         bias = g.op('DequantizeLinear', s.bias, np.float32(i.scale)*s.w_scale, np.zeros(len(w.scale), np.int32), axis=0)
         return g.op('Gemm', x, weight, bias, transB=1, out=s.name)
 
+def _is_fourfold(w)->bool:
+    "Is a convolution of one channel faster with three more, of zeros? onnxruntime has a kernel for signed weights and channels in fours; a pair of products with a zero weight among them can't saturate."
+    return w.codes.shape[1] == 1 and not w.signed and len(w.codes) >= 16 and len(w.codes) % 8 == 0
+
+def _terms(s)->tuple: return getattr(s, 'terms', None) or ((s.weights,) if hasattr(s, 'weights') else ())
+
+def _feeds_layers(s, steps)->bool:
+    "Is a step's result read by linear layers alone?"
+    return all(isinstance(t, IntWeights) for o in steps for t, name in zip(_terms(o) or (None,)*len(o.src), o.src) if name == s.name)
+
 def _channels(s, known)->int:
     "Channels of a step's result."
-    w = next((o for o in getattr(s, 'terms', (getattr(s, 'weights', None),)) if isinstance(o, IntWeights)), None)
+    w = next((o for o in _terms(s) if isinstance(o, IntWeights)), None)
     if w is not None: return len(w.codes)
     return known.get(s.src[0], 0)*(2 if isinstance(s, IntShortcut) else 1)
 
-# %% ../nbs/10_deploy.ipynb #fd48208a
+# %% ../nbs/10_deploy.ipynb #a8a722a9
 @patch
 def term(self:_Writer, s, t, name):
-    "One term of a sum, float32, in steps of the grid that the sum ends on."
+    "One term of a sum, in steps of the grid that the sum ends on."
     g, x = self.g, self.read(name)
-    factor = s.factor(t)
+    factor = s.factors[s.terms.index(t)].astype(s.kind)
     if isinstance(t, IntWeights):
         signed = t.signed and t.codes.ndim == 2
         zero = (np.uint8(t.grid.zero), np.int8(0) if signed else np.uint8(128))
-        weight = _weights(g, t, signed, 1)
+        weight = _weights(g, self.laid_out(t, name), signed, 1)
         if t.codes.ndim == 4: x = g.op('ConvInteger', x, weight, *zero, kernel_shape=t.codes.shape[2:], strides=t.stride, pads=t.padding*2)
         else: x = g.op('MatMulInteger', x, g.op('Transpose', weight), *zero)
-        if t.codes.ndim == 4: factor = factor[:, None, None]
-    return g.op('Mul', g.op('Cast', x, to=1), factor)
+    if s.kind == np.float32: return g.op('DequantizeLinear', x, factor if len(factor) > 1 else factor[0], axis=1)
+    return g.op('Mul', g.op('Cast', x, to=11), _beside(t, factor))
+
+def _beside(t, v): return v[:, None, None] if isinstance(t, IntWeights) and t.codes.ndim == 4 else v
 
 @patch
 def sum(self:_Writer, s):
@@ -886,9 +948,10 @@ def sum(self:_Writer, s):
     for t, name in zip(s.terms, s.src):
         term = self.term(s, t, name)
         y = term if y is None else self.g.op('Add', term, y)
-    offset = np.atleast_1d(s.offset()).astype(np.float32)
-    if offset.any(): y = self.g.op('Add', y, offset[:, None, None] if any(isinstance(t, IntWeights) and t.codes.ndim == 4 for t in s.terms) else offset)
-    return self.clip(self.g.op('QuantizeLinear', y, np.float32(1), np.uint8(0), out=self.raw_name(s)), s.grid.n, s.name)
+    if s.offset.any(): y = self.g.op('Add', y, _beside(max(s.terms, key=lambda t: isinstance(t, IntWeights)), s.offset.astype(s.kind)))
+    if s.kind == np.float32: return self.clip(self.g.op('QuantizeLinear', y, np.float32(1), np.uint8(0), out=self.raw_name(s)), s.grid.n, s.name)
+    y = self.g.op('Clip', self.g.op('Round', y), np.float64(0), np.float64(s.grid.n))
+    return self.g.op('Cast', y, to=2, out=s.name)
 
 @patch
 def maxpool(self:_Writer, s):
@@ -899,7 +962,10 @@ def maxpool(self:_Writer, s):
     return self.g.op('MaxPool', x, out=None if later else s.name, kernel_shape=s.kernel, strides=s.stride, pads=s.padding*2)
 
 @patch
-def flatten(self:_Writer, s): return self.g.op('Flatten', self.read(s.src[0]), out=s.name)
+def flatten(self:_Writer, s):
+    x = self.read(s.src[0])
+    if s.name in self.last: x = self.g.op('Transpose', x, perm=(0, 2, 3, 1))  # onnxruntime keeps channels last inside; so it needs no transpose
+    return self.g.op('Flatten', x, out=s.name)
 
 @patch
 def shortcut(self:_Writer, s):
@@ -925,7 +991,7 @@ def to_onnx(
     for s in net.steps: w.write(s)
     return w.g.save(path, net.shape, len(net.steps[-1].weights.scale), opset, meta or {})
 
-# %% ../nbs/10_deploy.ipynb #a1f08732
+# %% ../nbs/10_deploy.ipynb #101522c9
 _TOO_OLD = ('Unsupported model IR version', 'guarantees* support', 'Could not find an implementation', 'is not a registered function', 'No Op registered for')
 
 def onnx_session(
@@ -945,6 +1011,7 @@ def onnx_session(
     try: return onnxruntime.InferenceSession(file if isinstance(file, bytes) else str(file), o, providers=['CPUExecutionProvider'])
     except Exception as e:  # its errors share no class of their own
         if 'onnxruntime' not in type(e).__module__: raise
+        if 'qonnx' in str(e): raise BadInput(f"{name} is a QONNX file, which stock onnxruntime doesn't run; open model.onnx of the same folder, or execute this file with the qonnx package.") from e
         if any(s in str(e) for s in _TOO_OLD): raise BadInput(f"onnxruntime {onnxruntime.__version__} is too old for {name} ({_reason(e)}); update it (pip install -U onnxruntime), or export the model again with a lower opset (qisal export --opset 21).") from e
         raise BadInput(f"onnxruntime can't open {name} ({_reason(e)}); {_AGAIN}.") from e
 

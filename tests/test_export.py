@@ -97,6 +97,8 @@ def test_every_layer_of_the_onnx_graph(tmp_path, arch, bits):
     kind = {np.dtype('uint8'): onnx.TensorProto.UINT8, np.dtype('int32'): onnx.TensorProto.INT32}
     for k in names: m.graph.output.append(onnx.helper.make_tensor_value_info(k, kind[codes[k].dtype], None))
     onnx.save(m, tmp_path/'open.onnx')
+    for s in net.steps:  # flattened with the channels last
+        if isinstance(s, deploy.IntFlatten) and s.name in names: codes[s.name] = codes[s.src[0]].transpose(0, 2, 3, 1).reshape(len(x), -1)
     for k, v in zip(names, session(tmp_path/'open.onnx').run(names, {'image': x.numpy()})): assert np.array_equal(v, codes[k]), k
 
 @pytest.mark.parametrize('bits', ['3', '5'])
@@ -116,8 +118,9 @@ def deploy_policy(bits):
 # --- saturation: what AVX2 without VNNI would do with signed weights ---
 
 def pair_sum(w, n):
-    "Largest sum of two products of inputs up to `n` with two weights of one output channel (`vpmaddubsw` holds 16 bits)."
-    rows = np.sort(w.astype(np.int64).reshape(len(w), -1), 1)
+    "Largest sum of two products of inputs up to `n` with two weights of one output channel (`vpmaddubsw` holds 16 bits); where the channels come in fours, of one place in the window, since onnxruntime puts the channels last."
+    w = w.astype(np.int64)
+    rows = np.sort(w.transpose(0, 2, 3, 1).reshape(-1, w.shape[1]) if w.ndim == 4 and w.shape[1] % 4 == 0 else w.reshape(len(w), -1), 1)
     return max(abs(int(rows[:, :2].sum(1).min())), int(rows[:, -2:].sum(1).max()))*n
 
 def stored_weights(path, tmp):
@@ -153,7 +156,7 @@ def test_no_pair_of_products_saturates(tmp_path, bits):
             assert w.dtype == np.uint8 or pair_sum(w.T if op == 'MatMulInteger' or (op == 'QGemm' and w.shape[0] > w.shape[1]) else w, n) <= 32767, (op, n)
         x = torch.full((4, 1, 28, 28), RANGE[1])
         assert np.array_equal(run(path, x), net(x))
-    assert {w.dtype for _, w in found} == ({np.dtype('uint8'), np.dtype('int8')} if bits != '8' else {np.dtype('uint8')})
+    assert {w.dtype for _, w in found} == {np.dtype('uint8'), np.dtype('int8')} and found[0][1].shape[1] == 4  # three channels of zeros
     assert any(pair_sum((w.astype(int) - 128), 255) > 32767 for _, w in found if w.dtype == np.uint8)  # signed ones would have
 
 def test_session_option_for_exact_products_changes_nothing(tmp_path):
@@ -231,6 +234,82 @@ def test_stairs_are_where_the_exact_bias_puts_them(bits, share):
             right.append((np.clip(np.rint((a*w.stretch + s.bias[c]).astype(np.float32)*m[c]), 0, n) == exact).all())
             assert np.abs(np.clip(np.rint((a*w.stretch + s.bias[c]).astype(np.float32)*m[c]), 0, n) - exact).max() <= 1
     assert np.mean(right[32:]) >= share  # the second convolution, which has few-bit inputs
+
+def all_inputs(s):
+    "A sum's layer and code over the shortcut, the sums that can be reached (channels x codes x sums) and the codes beside them; every one if there are not too many, else a million at random."
+    w = next(t for t in s.terms if isinstance(t, IntWeights))
+    other = next((t.n for t in s.terms if not isinstance(t, IntWeights)), 0)
+    most = np.abs(w.codes.reshape(len(w.codes), -1).astype(int)).sum(1).max()*max(w.grid.zero, w.grid.n - w.grid.zero)
+    rng, size = np.random.default_rng(0), min(2*most + 1, 2**21//len(w.codes)//(other + 1))
+    sums = np.arange(-most, most + 1) if size == 2*most + 1 else rng.integers(-most, most + 1, size)
+    acc = np.broadcast_to(sums, (1, len(w.codes), other + 1, len(sums)))
+    return [acc if t is w else np.arange(other + 1)[:, None] for t in s.terms]
+
+@pytest.mark.parametrize('bits,kinds', [('2', {'float32'}), ('4', {'float32', 'float64'}), ('8', {'float64'})])
+def test_sums_round_like_float64(bits, kinds):
+    "Whatever precision a sum took: on every input it gives the integers of float64."
+    net = integer_network(network('resnet20', bits), (1, 28, 28))
+    sums = [s for s in net.steps if isinstance(s, IntSum) and len(s.terms) == 2]
+    assert len(sums) == 9 and kinds <= {s.kind.__name__ for s in sums} | {'float64'}
+    for s in sums:
+        accs = all_inputs(s)
+        y = sum(np.float64(acc)*(f.reshape(1, -1, 1, 1) if len(f) > 1 else f) for f, acc in zip(s.factors, accs))
+        offset = sum(t.bias for t in s.terms if isinstance(t, IntWeights))/s.grid.scale
+        want = np.clip(np.rint(y + offset.reshape(1, -1, 1, 1)), 0, s.grid.n)
+        assert np.array_equal(s.rescale(*accs), want), s.name
+        assert np.abs(s.offset - offset).max() <= 32*np.spacing(np.float32(max(1, np.abs(offset).max())))
+
+def test_layers_of_a_residual_network_are_exact():
+    net, n = integer_network(network('resnet20', '4'), (1, 28, 28)), 0
+    for s in net.steps:
+        if not isinstance(s, IntLayer) or not s.grid: continue
+        w, n = s.weights, n + 1
+        most = np.abs(w.codes.reshape(len(w.codes), -1).astype(int)).sum(1).max()*w.grid.n
+        acc = np.broadcast_to(np.arange(-most, most + 1, dtype=np.int32)[:, None], (2*most + 1, len(w.codes)))
+        assert np.array_equal(s.rescale(acc), np.clip(np.rint((acc*(w.scale*w.grid.scale) + w.bias)/s.grid.scale), 0, s.grid.n)), s.name
+    assert n >= 4
+
+class Names(nn.Module):
+    "Its modules are called like the file's tensors, one is used twice, and it flattens in forward."
+    def __init__(self):
+        super().__init__()
+        self.image, self.conv, self.logits, self.flatten, self.pool = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.ReLU(), nn.MaxPool2d(2)
+        self.t1, self.c0 = nn.Linear(100, 10), nn.Dropout()
+    def forward(self, x):
+        x = self.pool(self.logits(self.image(x)))
+        return self.t1(self.c0(self.pool(self.flatten(self.conv(x)))).flatten(1))
+
+def test_names_that_the_file_has_too(tmp_path):
+    torch.manual_seed(0)
+    m = calibrate(convert(Names(), bit_policy('4'), digits(8), input_range=RANGE), digits(64))
+    net, x = integer_network(m, (1, 28, 28)), digits(30)
+    assert len({s.name for s in net.steps}) == len(net.steps) and np.array_equal(run(to_onnx(net, tmp_path/'m.onnx'), x), net(x))
+    with torch.no_grad(): assert (net(x).argmax(1) == m.eval()(x).argmax(1).numpy()).mean() > .9
+
+def test_a_residual_of_flattened_features(tmp_path):
+    "Flattened values that are read by an addition keep their order."
+    class Add(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu, self.flat, self.fc, self.act, self.head = nn.Conv2d(1, 4, 3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(196, 196), nn.ReLU(), nn.Linear(196, 10)
+        def forward(self, x):
+            x = self.flat(self.relu(self.conv(x)))
+            return self.head(self.act(self.fc(x) + x))
+    torch.manual_seed(0)
+    m = calibrate(convert(Add(), bit_policy('4'), digits(8), input_range=RANGE), digits(64))
+    net, x = integer_network(m, (1, 28, 28)), digits(30)
+    assert np.array_equal(run(to_onnx(net, tmp_path/'m.onnx'), x), net(x))
+    with torch.no_grad(): assert np.abs(net(x) - m.eval()(x).numpy()).max() < .1*net(x).std()
+
+def test_first_difference_of_one_image():
+    m, x = network('lenet5', '4'), digits(30)
+    net = integer_network(m, (1, 28, 28))
+    step = next(s for s in net.steps if s.name == '1')
+    step.bias = step.bias + np.rint(.5*step.grid.scale/(step.weights.grid.scale*step.w_scale)).astype(np.int32)
+    whole, each = first_difference(m, net, x), [first_difference(m, net, x, i) for i in range(30)]
+    assert sum(o['differ'] for o in each if o and o['layer'] == '1') == whole['differ'] and all(o['of'] == whole['of']/30 for o in each if o and o['layer'] == '1')
+    for bad in (30, -1, 1.5):
+        with pytest.raises(BadInput, match='image'): first_difference(m, net, x, bad)
 
 def test_first_difference_finds_a_changed_layer():
     m, x = network('lenet5', '4'), digits(30)
