@@ -35,7 +35,7 @@ study: setup
 
 # EQUALITY: archs can be split among several makes; the last, with all of them, gathers the rows.
 EQUALITY := archs='small_cnn,lenet5,resnet20', bits='2,4,4/2,w2a4,w4a2,8', quantizers='sawb,sawb_zero,dorefa', scales='tensor,channel', \
-  sample=False, steps=30, n_test=10_000, n_numpy=10_000, out='reports/equality'
+  sample=False, steps=30, n_test=10_000, n_numpy=10_000, n_exact=2_000, out='reports/equality'
 equality: setup
 	@mkdir -p reports/equality
 	@OMP_NUM_THREADS=1 $(PY) -c "import json; from qisal.core import write_atomic; from qisal.run import fill_notebook; \
