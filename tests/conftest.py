@@ -19,3 +19,12 @@ def pytest_collection_modifyitems(items):
 def root():
     "The top of the checkout."
     return ROOT
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "Torch on one thread, whatever OMP_NUM_THREADS says; as it was afterwards."
+    import torch
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)

@@ -15,12 +15,7 @@ from qisal.quant import InputQuant, PACT, bake, bit_policy, convert, quant_layer
 FACTS = dict(classes=[str(i) for i in range(10)], n_in=1, size=28, stats=([.1307], [.3081]))
 RANGE = (-.1307/.3081, (1 - .1307)/.3081)
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def digits(n, size=28):
     x = torch.from_numpy(sample_arrays('mnist').x_test[:n]).permute(0, 3, 1, 2).float()/255

@@ -12,12 +12,7 @@ from qisal.deploy import export_model, first_difference, fold_batchnorm, integer
 from qisal.models import resnet20
 from qisal.quant import bake, bit_policy, calibrate, convert, pacts, quant_layers, strip
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def norms(m): return [o for o in m.modules() if isinstance(o, nn.BatchNorm2d)]
 

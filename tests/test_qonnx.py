@@ -11,7 +11,7 @@ from qisal.cost import count_cost
 from qisal.deploy import fold_batchnorm, layer_codes, onnx_session, to_qonnx
 from qisal.models import get_model
 from qisal.quant import InputQuant, PACT, bake, bit_policy, convert, pacts, quant_layers
-from test_export import RANGE, Unusual, calibrate, digits, network, one_thread
+from test_export import RANGE, Unusual, calibrate, digits, network, pytestmark  # noqa: F401 (a mark)
 
 SHAPE, DOMAIN = (1, 28, 28), 'qonnx.custom_op.general'
 

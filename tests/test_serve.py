@@ -12,7 +12,7 @@ from qisal.deploy import export_model, integer_network, load_model, save_model
 from qisal.models import get_model
 from qisal.quant import bake, bit_policy, convert
 from qisal.serve import Prediction, Predictor, explain, normalize_pixels, occlusion, predict, read_image, to_pixels
-from test_export import FACTS, network, one_thread  # noqa: F401 (a fixture)
+from test_export import FACTS, network, pytestmark  # noqa: F401 (a mark)
 
 RGB = dict(classes=['cat', 'dog', 'owl'], n_in=3, size=32, stats=([.4914, .4822, .4465], [.2470, .2435, .2616]))
 DIGITS = sample_arrays('mnist')
