@@ -1,6 +1,7 @@
 # Two commands matter:
 #   make study   sets up .venv, trains the smoke study and writes reports/smoke/report.html
 #   make test    the same set-up, then every check: notebooks, tests, and the wheel in a second environment
+# One that takes an hour or two: make equality (the exported file against the training graph, all combinations; goes on where it was interrupted).
 # The others: setup, browser, check, notebooks, unit, wheel, readme, lock, clean, distclean.
 #
 # PYTHON=/path/to/python3   the interpreter to build .venv from (default: the first of the list below that is 3.10 or newer)
@@ -26,11 +27,20 @@ STALE := $(shell [ -e .venv/.ready ] && [ "$$(sed -n 2p .venv/.ready)" != "$$($(
 # What a test sees: the tools of .venv first, one thread a process (two processes at a time).
 TESTENV := PATH="$$PWD/$(BIN):$$PATH" OMP_NUM_THREADS=1
 
-.PHONY: study setup test browser check notebooks unit wheel readme lock clean distclean rebuild refresh
+.PHONY: study equality setup test browser check notebooks unit wheel readme lock clean distclean rebuild refresh
 .DEFAULT_GOAL := study
 
 study: setup
 	@$(BIN)/qisal study --profile smoke --out reports/smoke --jobs $(JOBS)
+
+# EQUALITY: archs can be split among several makes; the last, with all of them, gathers the rows.
+EQUALITY := archs='small_cnn,lenet5,resnet20', bits='2,4,4/2,w2a4,w4a2,8', quantizers='sawb,sawb_zero,dorefa', scales='tensor,channel', \
+  sample=False, steps=30, n_test=10_000, n_numpy=10_000, out='reports/equality'
+equality: setup
+	@mkdir -p reports/equality
+	@OMP_NUM_THREADS=1 $(PY) -c "import json; from qisal.core import write_atomic; from qisal.run import fill_notebook; \
+	  nb = fill_notebook('nbs/81_equality.ipynb', dict($(EQUALITY)), '.', True); \
+	  write_atomic('reports/equality/equality.ipynb', json.dumps(nb, indent=1, ensure_ascii=False) + chr(10))"
 
 setup: .venv/.ready
 	@:

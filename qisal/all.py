@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MODULES', 'OURS_BY_MODULE']
 
-# %% ../nbs/14_all.ipynb #33f7a36b
+# %% ../nbs/14_all.ipynb #220246fe
 import importlib
 
-MODULES = ('core', 'data', 'models', 'quant', 'callback.pact', 'saliency', 'callback.saliency', 'metrics', 'interpret', 'cost', 'deploy', 'run', 'report')
+MODULES = ('core', 'data', 'models', 'quant', 'callback.pact', 'saliency', 'callback.saliency', 'metrics', 'interpret', 'cost', 'deploy', 'serve', 'worth', 'run', 'report')
 
 # %% ../nbs/14_all.ipynb #c4462474
 OURS_BY_MODULE = {'accuracy': 'metrics', 'set_seed': 'core', 'get_model': 'models', 'resnet18': 'models',

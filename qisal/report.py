@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEPT_MARGIN', 'run_setting', 'Study', 'read_study', 'bits_name', 'dataset_name', 'accuracy_table', 'run_command',
-           'masking_table', 'newcombe_interval', 'setting_difference', 'differences', 'cost_rows', 'verdicts',
-           'plot_accuracy', 'plot_masking', 'to_svg', 'read_maps', 'saliency_grid', 'report_html', 'save_figures',
-           'make_report', 'study_notebook']
+           'masking_table', 'newcombe_interval', 'setting_difference', 'differences', 'shipping_table', 'cost_rows',
+           'verdicts', 'after_table', 'training_gain', 'plot_accuracy', 'plot_masking', 'plot_after', 'to_svg',
+           'read_maps', 'saliency_grid', 'report_html', 'save_figures', 'make_report', 'study_notebook']
 
 # %% ../nbs/12_report.ipynb #5b109fe2
 import base64, html, io, json, math, os, re
@@ -38,7 +38,20 @@ def _main_attribution(metrics)->str|None:
     names = [a for a in metrics['masking'] if a != 'random']
     return 'gradient' if 'gradient' in names else names[0] if names else None
 
-# %% ../nbs/12_report.ipynb #12c0084e
+# %% ../nbs/12_report.ipynb #78e2ad89
+_AFTER = ('8', '4', '2')  # bits at which `qisal.worth` quantizes after training
+
+def _file_columns(shipped)->dict:
+    "What was measured of a run's file, as columns; NaN where nothing was."
+    s = shipped if shipped and 'error' not in shipped else {}
+    get = lambda d, k: d.get(k, math.nan)
+    size, times = s.get('bytes', {}), {o['batch']: o for o in s.get('latency', [])}
+    after = {(o['by'], o['bits']): o['accuracy'] for o in s.get('after_training', [])}
+    return dict(file_accuracy=get(s, 'accuracy'), differ=get(s, 'differ'), file_bytes=get(size, 'onnx'), packed_bytes=get(size, 'safetensors'), float_bytes=get(size, 'float_onnx'), file_bits=get(s, 'bits_per_weight'),
+        **{f'{to}_{n}': get(times.get(n, {}), of) for n in (1, 256) for to, of in (('latency', 'ratio'), ('fast', 'low'), ('slow', 'high'), ('ms', 'ms'), ('float_ms', 'float_ms'))},
+        **{f'after_{b}': get(after, ('qisal', b)) for b in _AFTER}, after_theirs=get(after, ('onnxruntime', '8')))
+
+# %% ../nbs/12_report.ipynb #4a6d1f47
 def _left(curve, frac):
     "Accuracy at a share of masked pixels, NaN where it was not measured."
     if curve is None: return math.nan
@@ -55,7 +68,8 @@ def _run_row(run)->dict:
     row = dict(run_id=run['run_id'], dataset=s['dataset'], arch=s['arch'], bits=s['bits'], guided=s['guided'], seed=s['seed'], accuracy=m['accuracy'], n_test=m['n_test'])
     row |= {f'left{round(100*f)}': _left(curve, f) for f in (.1, .2, .3)}
     row |= dict(attribution=main, auc=_auc(curve), auc_random=_auc(control), gap=_auc(control) - _auc(curve), road_gap=_auc(road.get('random')) - _auc(road.get(main)))
-    row |= dict(seconds=m['timing'].get('total', math.nan), group=_key(run_setting(s)), unguided=_key(run_setting({**s, 'guided': False})),
+    row |= _file_columns(run['shipped'])
+    row |= dict(seconds=m['timing'].get('total', math.nan), bops=m['cost'].get('bops', math.nan), group=_key(run_setting(s)), unguided=_key(run_setting({**s, 'guided': False})),
                 full=_key(run_setting({**s, 'bits': '32'})), plain=_key(run_setting({**s, 'bits': '32', 'guided': False})))
     return row
 
@@ -224,6 +238,21 @@ def differences(
         if d: rows.append(dict(dataset=first.dataset, arch=first.arch, label=first.label, bits=first.bits, guided=bool(first.guided), **d))
     return pd.DataFrame(rows, columns=['dataset', 'arch', 'label', 'bits', 'guided', 'mean', 'low', 'high', 'seeds', 'basis'])
 
+# %% ../nbs/12_report.ipynb #84443ac1
+_MEANS = ('file_bytes', 'packed_bytes', 'file_bits', 'bops', 'accuracy', 'file_accuracy', *(f'{o}_{n}' for n in (1, 256) for o in ('latency', 'fast', 'slow', 'ms', 'float_ms')))
+
+def shipping_table(
+    study:Study, # From `read_study`
+): # DataFrame, a row a measured setting: dataset, arch, label, bits, guided, runs, and the means of file_bytes (ONNX), packed_bytes (safetensors), size and packed_size (shares of the float ONNX file), file_bits (bits a weight), bops, accuracy, file_accuracy, latency_1 and latency_256 (time over the float file's; its quartiles are `fast` and `slow`), ms and float_ms; `differ` of `images` are in another class than in torch
+    "What the networks of a study are worth as files; means over the seeds."
+    import pandas as pd
+    t, rows = study.table, []
+    for _, g in t[t.file_bytes.notna()].groupby('group', sort=False) if len(t) else ():
+        first = g.iloc[0]
+        rows.append(dict(dataset=first.dataset, arch=first.arch, label=first.label, bits=first.bits, guided=bool(first.guided), runs=len(g), **{k: float(g[k].mean()) for k in _MEANS},
+                         size=float((g.file_bytes/g.float_bytes).mean()), packed_size=float((g.packed_bytes/g.float_bytes).mean()), differ=int(g.differ.sum()), images=int(g.n_test.sum())))
+    return pd.DataFrame(rows, columns=['dataset', 'arch', 'label', 'bits', 'guided', 'runs', *_MEANS, 'size', 'packed_size', 'differ', 'images'])
+
 # %% ../nbs/12_report.ipynb #2747dfa5
 KEPT_MARGIN = .01  # a loss of accuracy up to one point counts as kept
 
@@ -293,7 +322,7 @@ def _caveat(d)->str:
     if (d.seeds == 1).all(): return 'One seed: the intervals stand for other test images, not for another training.'
     return 'Some settings have one seed: their intervals stand for other test images, not for another training.'
 
-# %% ../nbs/12_report.ipynb #45dc0558
+# %% ../nbs/12_report.ipynb #fca89596
 def cost_rows(
     study:Study, # From `read_study`
 ): # DataFrame, a row a dataset, architecture and bit policy: bytes, size (share of float), bits_per_weight, params, macs, bops, work (share of float)
@@ -310,15 +339,24 @@ def cost_rows(
     return df
 
 def _cost_verdict(study)->dict:
-    d = cost_rows(study)
-    d = d[(d.bits != '32') & d['size'].notna()]
+    d, files = cost_rows(study), shipping_table(study)
+    d, files = d[(d.bits != '32') & d['size'].notna()], files[files.bits != '32']
     found = 'This study has no quantized and float network to compare.'
     if len(d):
         least = d.loc[d.bops.idxmin()]
         found = (f'Counting weights, scales and biases, the quantized networks need 1/{1/d["size"].max():.1f} to 1/{1/d["size"].min():.1f} of the float network’s bits, '
                  f'and 1/{1/d.work.max():.0f} to 1/{1/d.work.min():.0f} of its bit operations (least: {least.label}, {dataset_name(least.dataset)}).')
-    return dict(name='cost', source='QIL', claim='Quantized networks are more efficient.', compared='Bits to store and bit operations (MACs × weight bits × activation bits), counted.',
-        verdict=_word(int(((d['size'] < 1) & (d.work < 1)).sum()), 0, len(d)), text=found, caveat='A count, not a run time: in training, quantization is simulated in float.' if len(d) else '', evidence=None)
+    word, slow = _word(int(((d['size'] < 1) & (d.work < 1)).sum()), 0, len(d)), files[(files.latency_1 > 1) | (files.latency_256 > 1)]
+    return dict(name='cost', source='QIL', claim='Quantized networks are more efficient.', compared='Bits to store and bit operations (MACs × weight bits × activation bits), counted; files and times, measured.',
+        verdict='holds in part' if len(slow) and word == 'holds here' else word, text=found + _file_sentence(files, slow), evidence=None,
+        caveat='' if not len(d) else 'Bits and bit operations are counted; bytes and times are those of the exported files on one processor.' if len(files) else 'A count, not a run time: in training, quantization is simulated in float.')
+
+def _file_sentence(files, slow)->str:
+    "What the measured files of quantized networks say."
+    if not len(files): return ''
+    span = lambda v: f'{v.min():.2f}' if f'{v.min():.2f}' == f'{v.max():.2f}' else f'{v.min():.2f} to {v.max():.2f}'
+    said = f' As ONNX files they have 1/{1/files["size"].max():.1f} to 1/{1/files["size"].min():.1f} of its bytes, and on one thread of onnxruntime take {span(files.latency_1)} times its time with one image, {span(files.latency_256)} times with 256.'
+    return said + (f" Slower than the float file: {'; '.join(f'{o.label} ({dataset_name(o.dataset)}, {o.arch})' for o in slow.itertuples())}." if len(slow) else '')
 
 def verdicts(
     study:Study, # From `read_study`
@@ -327,8 +365,55 @@ def verdicts(
     res = [_verdict(study, o) for o in _CLAIMS]
     return [*res[:3], _cost_verdict(study), *res[3:]]
 
-# %% ../nbs/12_report.ipynb #bbd9a910
-_INK, _LINE, _FAINT, _PLAIN, _GUIDED = '#1a1b1c', '#dcdddf', '#808488', '#0173b2', '#c56a00'
+# %% ../nbs/12_report.ipynb #223c6e9f
+def _share(g, column)->dict:
+    "Mean and interval of one column, as of the accuracy."
+    g = g[g[column].notna()] if g is not None else ()
+    return _interval(g.assign(accuracy=g[column])) if len(g) else dict(accuracy=math.nan, low=math.nan, high=math.nan)
+
+def _after_row(full, bits, g)->dict:
+    "One width: a float setting quantized after training, and a setting trained at that width (None: there is none)."
+    first = full.iloc[0]
+    d = None if g is None else setting_difference(g.assign(accuracy=g.file_accuracy), full.assign(accuracy=full[f'after_{bits}']), 'accuracy')
+    row = dict(dataset=first.dataset, arch=first.arch, guided=bool(first.guided), bits=bits, label=g.label.iloc[0] if g is not None else f"{bits_name(bits)}{', guided' if first.guided else ''}")
+    shares = dict(float=_share(full, 'file_accuracy'), trained=_share(g, 'file_accuracy'), after=_share(full, f'after_{bits}'), theirs=_share(full if bits == '8' else None, 'after_theirs'))
+    for name, o in shares.items(): row |= {name: o['accuracy'], f'{name}_low': o['low'], f'{name}_high': o['high']}
+    return row | (d or dict(mean=math.nan, low=math.nan, high=math.nan, seeds=0, basis='none'))
+
+def after_table(
+    study:Study, # From `read_study`
+): # DataFrame, a row a float setting and width: dataset, arch, guided, bits, label; accuracy and interval (`_low`, `_high`) of the float file, of the one trained with quantization, quantized after training by us (`after`) and by onnxruntime (`theirs`); mean, low, high of trained - after; seeds, basis
+    "What became of the float networks that were quantized after training, next to those trained with quantization."
+    import pandas as pd
+    t, rows = study.table, []
+    for key, full in t[(t.bits == '32') & t.after_8.notna()].groupby('group', sort=False) if len(t) else ():
+        for bits in _AFTER:
+            trained = t[(t.full == key) & (t.bits == bits) & t.file_accuracy.notna()]
+            rows += [_after_row(full, bits, g) for g in ([o for _, o in trained.groupby('group', sort=False)] or [None])]
+    names = [f'{o}{e}' for o in ('float', 'trained', 'after', 'theirs') for e in ('', '_low', '_high')]
+    return pd.DataFrame(rows, columns=['dataset', 'arch', 'guided', 'bits', 'label', *names, 'mean', 'low', 'high', 'seeds', 'basis'])
+
+# %% ../nbs/12_report.ipynb #a98b74d4
+def training_gain(
+    study:Study, # From `read_study`
+)->dict|None: # `verdict`, `text`, `caveat`, `evidence` (rows of `after_table`, with `finding`); None where nothing was measured
+    "What training with quantization bought, over quantizing after training."
+    a = after_table(study)
+    if not len(a): return None
+    d = a[a['mean'].notna()]
+    d = d.assign(finding=[_judge(o, 'higher') for o in d.itertuples()])
+    yes, no = (int((d.finding == o).sum()) for o in ('yes', 'no'))
+    said = [f'ahead in {yes} of {len(d)} comparison{"s"*(len(d) != 1)}', *([f'behind in {no}'] if no else []), *([f'open in {len(d) - yes - no}'] if yes + no < len(d) else [])]
+    text = f"Training with quantization against quantizing the float network afterwards, at the same number of bits: {', '.join(said)}. " if len(d) else 'No network was trained with quantization at 8, 4 or 2 bits, so there is nothing to compare. '
+    for bits, g in d.groupby('bits', sort=False):
+        low, high = g.loc[g['mean'].idxmin()], g.loc[g['mean'].idxmax()]
+        text += f'At {bits} bits it brings {_spelled(low)}{"" if len(g) == 1 else f" to {_spelled(high)}"}. '
+    theirs = (a.theirs - a.float).dropna()
+    if len(theirs): text += f"onnxruntime’s own quantizer at 8 bits is {_points(theirs.min(), 2)}{'' if len(theirs) == 1 else f' to {_points(theirs.max(), 2)}'} points from the float file."
+    return dict(verdict=_word(yes, no, len(d)), text=text.strip(), caveat=_caveat(d), evidence=d)
+
+# %% ../nbs/12_report.ipynb #86e3e07e
+_INK, _LINE, _FAINT, _PLAIN, _GUIDED, _LATER = '#1a1b1c', '#dcdddf', '#808488', '#0173b2', '#c56a00', '#01805c'
 
 def _style(guided)->dict:
     return dict(color=_GUIDED if guided else _PLAIN, linestyle='--' if guided else '-', marker='s' if guided else 'o', markersize=4.5, linewidth=1.6, markerfacecolor='none' if guided else _PLAIN)
@@ -384,7 +469,31 @@ def _panels(study, dataset, fill=None)->list: # (title, curves)
     c = c[c.attribution.isin([*mains, 'random'])].assign(policy=c.label.str.replace(', guided', ''))
     return [(f'{name}', g) for name, g in c.groupby('policy', sort=False)]
 
-# %% ../nbs/12_report.ipynb #c1143093
+# %% ../nbs/12_report.ipynb #442b0c76
+_SERIES = (  # column, label, colour, marker, line, shift to the side
+    ('trained', 'trained with quantization', _PLAIN, 'o', '-', -.13), ('after', 'quantized after training, calibrated', _LATER, 's', '--', 0.), ('theirs', 'quantized after training, onnxruntime', _INK, 'D', 'none', .13))
+
+def _after_panel(ax, rows, title):
+    "Accuracy of one float network's descendants against bits, with intervals."
+    bits, level = list(dict.fromkeys(rows.bits)), 100*rows.float.iloc[0]
+    ax.axhline(level, color=_FAINT, linewidth=1.2, linestyle=':', label='float')
+    for name, label, color, marker, line, shift in _SERIES:
+        g = rows.dropna(subset=[name])
+        if name != 'trained': g = g.drop_duplicates('bits')
+        if not len(g): continue
+        err = [100*(g[name] - g[f'{name}_low']).clip(lower=0), 100*(g[f'{name}_high'] - g[name]).clip(lower=0)]
+        joined = line if g.bits.is_unique else 'none'
+        ax.errorbar([bits.index(b) + shift for b in g.bits], 100*g[name], err, capsize=3, label=label, color=color, linestyle=joined, linewidth=1.3, marker=marker, markersize=5, markerfacecolor=color if name == 'trained' else 'none')
+    ax.set_xticks(range(len(bits)), bits)
+    ax.set_xlim(-.5, len(bits) - .5)
+    _dress(ax, title, 'bits of weights and activations', 'accuracy of the file / %')
+
+def _after_groups(study)->list: # (title, rows of `after_table`)
+    a = after_table(study)
+    several = a.groupby('dataset').arch.nunique().max() > 1 if len(a) else False
+    return [(', '.join([dataset_name(d), *([arch] if several else []), *(['guided'] if guided else [])]), g) for (d, arch, guided), g in a.groupby(['dataset', 'arch', 'guided'], sort=False)]
+
+# %% ../nbs/12_report.ipynb #4a1af508
 def _canvas(n, width=3.7, height=2.75, columns=4, layout='constrained'):
     "A figure that pyplot has let go of, and `n` axes in rows of at most `columns`."
     import matplotlib.pyplot as plt
@@ -395,9 +504,9 @@ def _canvas(n, width=3.7, height=2.75, columns=4, layout='constrained'):
     for ax in axs[n:]: ax.set_visible(False)
     return fig, axs[:n]
 
-def _legend(fig, axs):
+def _legend(fig, axs, columns=4):
     handles = {label: h for ax in axs for h, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=min(len(handles), 4 if fig.get_figwidth() > 7 else 2), fontsize=9.5, frameon=False, handlelength=3)
+    fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=min(len(handles), columns if fig.get_figwidth() > 7 else 2), fontsize=9.5, frameon=False, handlelength=3)
     return fig
 
 def plot_accuracy(
@@ -424,8 +533,19 @@ def plot_masking(
         if i + cols < len(panels): ax.set_xlabel('')
     return _legend(fig, axs)
 
-# %% ../nbs/12_report.ipynb #11c227c3
-_THEME = {_INK: 'currentColor', _LINE: 'var(--line)', _FAINT: 'var(--faint)', _PLAIN: 'var(--plain)', _GUIDED: 'var(--guided)'}
+# %% ../nbs/12_report.ipynb #d94db44d
+def plot_after(
+    study:Study, # From `read_study`; its files measured
+): # The `Figure`, a panel a dataset and guidance
+    "Accuracy of files against bits: trained with quantization, and quantized after training."
+    panels = _after_groups(study)
+    if not panels: raise BadInput(f"No float run in '{Path(study.folder).name}' was measured as a file; do it with qisal report {Path(study.folder).name} --measure.")
+    fig, axs = _canvas(len(panels), 4.4, 3.3, 2)
+    for ax, (title, g) in zip(axs, panels): _after_panel(ax, g, title)
+    return _legend(fig, axs, 2)
+
+# %% ../nbs/12_report.ipynb #4a59f171
+_THEME = {_INK: 'currentColor', _LINE: 'var(--line)', _FAINT: 'var(--faint)', _PLAIN: 'var(--plain)', _GUIDED: 'var(--guided)', _LATER: 'var(--later)'}
 
 def to_svg(
     fig, # A matplotlib `Figure`
@@ -586,6 +706,63 @@ def _cost_table(study)->dict|None:
     return _table('Cost, counted', ['dataset', 'network', 'setting', '>bytes', '>of float', '>bits a weight', '>parameters', '>MACs / million', '>BOPs / million', '>of float'], rows,
         'Bytes and bits count every weight at its width and scales, biases, alphas and batch norm’s values at 32 bits. BOPs: MACs × weight bits × activation bits, for one image. None of this is a run time.')
 
+# %% ../nbs/12_report.ipynb #330185c2
+def _ship_tables(study)->list:
+    "Bytes and answers, a table a dataset; times, one table."
+    t, res = shipping_table(study), []
+    share = lambda v: _cell('–' if math.isnan(v) else '1' if v == 1 else f'1/{1/v:.2f}', 'n')
+    for d, g in t.groupby('dataset', sort=False):
+        digits = 2 if g.images.max() >= 1000 else 1
+        rows = [[_cell(r.label, 'h'), _num(r.file_bytes, 1, 1e-3), share(r.size), _num(r.packed_bytes, 1, 1e-3), share(r.packed_size), _num(r.file_bits, 2), _num(r.bops, 1, 1e-6), _num(r.accuracy, digits, 100), _num(r.file_accuracy, digits, 100),
+                 _cell(f'{r.differ:,} of {r.images:,}', 'n')] for r in g.itertuples()]
+        res.append(_table(f'{dataset_name(d)}: the files, and their accuracy on the test set', ['setting', '>ONNX / kB', '>of float', '>packed / kB', '>of float', '>bits a weight', '>BOPs / million', '>in torch / %', '>file / %', '>other class'], rows))
+    if len(res): res[-1]['note'] = 'Of float: share of the float network’s ONNX file. Packed: the safetensors file that torch opens; bits a weight: that whole file over the number of weights. In torch: the network as it was trained. Other class: test images that the file puts into another class than the network in torch.'
+    timed = t[t.latency_1.notna()]
+    cells = lambda r, n: [*[_num(getattr(r, f'{o}_{n}'), 3 if n == 1 else 1) for o in ('ms', 'float_ms')], _cell('{:.2f} ({:.2f} to {:.2f})'.format(*(getattr(r, f'{o}_{n}') for o in ('latency', 'fast', 'slow'))), 'n')]
+    rows = [[_cell(dataset_name(r.dataset)), _cell(r.arch), _cell(r.label, 'h'), *cells(r, 1), *cells(r, 256)] for r in timed.itertuples()]
+    if rows: res.append(_table('Time in onnxruntime, one thread', ['dataset', 'network', 'setting', '>1 image / ms', '>float / ms', '>times float', '>256 images / ms', '>float / ms', '>times float'], rows, _time_note(study)))
+    return res
+
+def _time_note(study)->str:
+    "How and where the times were measured."
+    done = [o['shipped'] for o in study.having('done') if (o['shipped'] or {}).get('latency')]
+    made = '; '.join(dict.fromkeys(f"onnxruntime {o['provenance']['versions'].get('onnxruntime', '–')} on {o['provenance'].get('cpu')}" for o in done))
+    loads, dates, others = [o['load'] for o in done if o['load'] is not None], sorted(o['provenance']['date'] for o in done), max(o['others'] for o in done)
+    when = lambda o: o[:16].replace('T', ' ')
+    text = f"Medians over rounds in which the file and the float network’s ran in turn; times float: the median of the ratios within a round, and their quartiles. Measured from {when(dates[0])} to {when(dates[-1])} UTC with {made}; "
+    text += f'up to {others} other runs of this study were going on, which disturbs the times' if others else 'no other run of this study was going on'
+    return text + (f"; load of the machine at the start of each measurement: {min(loads):.1f} to {max(loads):.1f}." if loads else '.')
+
+# %% ../nbs/12_report.ipynb #d10230ce
+def _after_tables(study)->list:
+    a, res = after_table(study), []
+    for d, g in a.groupby('dataset', sort=False):
+        rows = [[_cell(r.label, 'h'), *[o for n in ('trained', 'after') for o in (_num(getattr(r, n), 2, 100), _span(getattr(r, f'{n}_low'), getattr(r, f'{n}_high')))], _num(r.theirs, 2, 100), _num(r.float, 2, 100),
+                 _num(a['mean'][r.Index], 2, 100, True), _cell('–' if math.isnan(r.low) else f'{_points(r.low, 2)} to {_points(r.high, 2)}', 'n'), _cell(r.seeds or '–', 'n')] for r in g.itertuples()]
+        res.append(_table(f'{dataset_name(d)}: accuracy of the files / %', ['setting', '>trained', '>95 % interval', '>calibrated', '>95 % interval', '>onnxruntime', '>float', '>gain / points', '>95 % interval', '>seeds'], rows))
+    if len(res): res[-1]['note'] = ('Trained: with quantization, at this width; – where nothing was. Calibrated: the float network, its weights by SAWB, its alphas set on training images, first and last layer at 8 bits as in training. '
+        'onnxruntime: the float network by its static quantizer, 8 bits in all layers, one scale a channel. Gain: trained minus calibrated.')
+    return res
+
+# %% ../nbs/12_report.ipynb #140b6723
+def _unmeasured(study)->list:
+    "Sentences about runs that were not measured as files."
+    done = study.having('done')
+    failed = [f"{o['run_id']} could not be measured: {o['shipped']['error']['message']}" for o in done if o['shipped'] and 'error' in o['shipped']]
+    none = [o['run_id'] for o in done if not o['shipped']]
+    if len(none) == len(done): return [f'The networks of this study were not measured as files. Where their model folders are there (they are not kept in git), qisal report {_place(study)} --measure does it.']
+    return [*failed, *([f"Not measured yet, or without a model folder: {', '.join(none)}."] if none else [])]
+
+def _ships_part(study)->dict: return dict(tables=_ship_tables(study), notes=_unmeasured(study))
+
+def _after_part(study)->dict|None:
+    groups = _after_groups(study)
+    if not groups: return None
+    say = lambda g: '; '.join(f'{r.bits} bits: ' + ', '.join(f'{label} {100*v:.1f} %' for name, label, *_ in _SERIES if not math.isnan(v := getattr(r, name))) for r in g.itertuples())
+    parts = [(f'Accuracy of files on {title}: float {100*g.float.iloc[0]:.1f} %; {say(g)}', g, title) for title, g in groups]
+    return dict(figure=_svg_figure('after', 'Quantized after training', parts, 'Accuracy of the exported files against bits. Bars: 95 % intervals. Mind the vertical axes: they do not start at zero.', False, _after_panel, 'after'),
+                tables=_after_tables(study), gain=training_gain(study))
+
 # %% ../nbs/12_report.ipynb #35edd2cb
 _PHASES = ('imports', 'data', 'training', 'test', 'masking', 'saving')
 
@@ -634,11 +811,11 @@ def _data_table(study)->dict|None:
         for array, sha in (o['metrics'].get('data') or {}).items(): seen[name, str(array), str(sha)] = None
     return _table('SHA-256 of the pixel and label arrays', ['data', 'array', 'SHA-256'], [[_cell(d, 'h'), _cell(a), _cell(s, 'code one')] for d, a, s in seen]) if seen else None
 
-# %% ../nbs/12_report.ipynb #1d3f38b3
+# %% ../nbs/12_report.ipynb #7acb3f63
 _CSS = """
-:root{--paper:#fdfdfb;--ink:#1d1f21;--soft:#5d6268;--faint:#80868c;--line:#dedfda;--tint:#f3f3ee;--plain:#0173b2;--guided:#c56a00;--bad:#a4262c;
+:root{--paper:#fdfdfb;--ink:#1d1f21;--soft:#5d6268;--faint:#80868c;--line:#dedfda;--tint:#f3f3ee;--plain:#0173b2;--guided:#c56a00;--later:#01805c;--bad:#a4262c;
 --sans:ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;--serif:Charter,"Bitstream Charter","Iowan Old Style","Palatino Linotype",Georgia,serif;--mono:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;color-scheme:light dark}
-@media (prefers-color-scheme:dark){:root{--paper:#15171a;--ink:#e4e4e0;--soft:#a6abb0;--faint:#8b9197;--line:#33373c;--tint:#1d2024;--plain:#5db4ec;--guided:#f0a04b;--bad:#f1858a}}
+@media (prefers-color-scheme:dark){:root{--paper:#15171a;--ink:#e4e4e0;--soft:#a6abb0;--faint:#8b9197;--line:#33373c;--tint:#1d2024;--plain:#5db4ec;--guided:#f0a04b;--later:#4fc9a0;--bad:#f1858a}}
 *{box-sizing:border-box}
 html{scroll-behavior:smooth;-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);font:1.0625rem/1.6 var(--serif)}
@@ -674,7 +851,7 @@ tbody th{font-weight:500;text-align:left;white-space:nowrap}
 code{font-family:var(--mono);font-size:.86em;overflow-wrap:anywhere}
 """
 
-# %% ../nbs/12_report.ipynb #090f826c
+# %% ../nbs/12_report.ipynb #f33aea51
 _CSS_MORE = """
 .verdicts{list-style:none;margin:1.2rem 0 0;padding:0}.verdicts>li{max-width:none;padding:1.1rem 0 1rem;border-top:1px solid var(--line)}.verdicts>li:last-child{border-bottom:1px solid var(--line)}
 .verdicts h3{margin:0 0 .3rem;max-width:44rem}.verdicts p{margin:.3rem 0}
@@ -699,10 +876,10 @@ footer{margin-top:4rem;padding-top:1rem;border-top:1px solid var(--line);font-si
 @media (min-width:70rem){.page{grid-template-columns:minmax(0,1fr) 13rem}header,main,footer{grid-column:1}nav{grid-column:2;grid-row:1/span 3;margin:0}nav>div{position:sticky;top:2.5rem}nav ol{columns:1}}
 @media (max-width:32rem){body{font-size:1rem}.page{padding:1.5rem 1rem 3rem}h2{margin-top:2.6rem}.maps img{width:3.4rem;height:3.4rem}.maps small{max-width:3.4rem}.maps thead th{width:3.8rem}.facts{gap:.5rem 1.5rem}}
 @media (prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
-@media print{:root{--paper:#fff;--ink:#000;--soft:#333;--faint:#777;--line:#ccc;--tint:#fff;--plain:#0173b2;--guided:#b35f00}body{font-size:10pt}.page{display:block;padding:0;max-width:none}nav,.down{display:none}.box{overflow:visible}table{font-size:7.5pt}.code{min-width:0}h2,h3,caption{break-after:avoid}figure,tr,.verdicts>li{break-inside:avoid}details>*{display:block}}
+@media print{:root{--paper:#fff;--ink:#000;--soft:#333;--faint:#777;--line:#ccc;--tint:#fff;--plain:#0173b2;--guided:#b35f00;--later:#016a4c}body{font-size:10pt}.page{display:block;padding:0;max-width:none}nav,.down{display:none}.box{overflow:visible}table{font-size:7.5pt}.code{min-width:0}h2,h3,caption{break-after:avoid}figure,tr,.verdicts>li{break-inside:avoid}details>*{display:block}}
 """
 
-# %% ../nbs/12_report.ipynb #cd3278fe
+# %% ../nbs/12_report.ipynb #8f944055
 _MACROS = """
 {% macro cell(c, tag) %}<{{ tag }}{% if c.cls %} class="{{ c.cls }}"{% endif %}{{ ' scope=row' if tag == 'th' }}>{{ c.text }}</{{ tag }}>{% endmacro %}
 {% macro table(t) %}{% if t %}
@@ -716,7 +893,12 @@ _MACROS = """
 <li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M0 6H38" stroke="var(--guided)" stroke-width="2" stroke-dasharray="7 4"/><rect x="15" y="2" width="8" height="8" fill="var(--paper)" stroke="var(--guided)" stroke-width="2"/></svg>with guidance</li>
 {% if random %}<li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M0 6H38" stroke="var(--faint)" stroke-width="1.5"/><circle cx="19" cy="6" r="2.5" fill="var(--faint)"/></svg>random order, without</li>
 <li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M0 6H38" stroke="var(--faint)" stroke-width="1.5" stroke-dasharray="7 4"/><rect x="16.5" y="3.5" width="5" height="5" fill="var(--paper)" stroke="var(--faint)" stroke-width="1.5"/></svg>random order, with</li>{% endif %}</ul>{% endmacro %}
-{% macro figure(f) %}<figure>{{ legend(f.random) }}<div class="panels{{ ' one' if f.svgs|length == 1 else ' two' if f.svgs|length in (2, 4) }}">{% for s in f.svgs %}{{ s|safe }}{% endfor %}</div><figcaption>{{ f.caption }}</figcaption></figure>{% endmacro %}
+{% macro legend_after() %}<ul class="legend" aria-label="Key to the points">
+<li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M0 6H38" stroke="var(--plain)" stroke-width="2"/><circle cx="19" cy="6" r="4" fill="var(--plain)"/></svg>trained with quantization</li>
+<li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M0 6H38" stroke="var(--later)" stroke-width="2" stroke-dasharray="7 4"/><rect x="15" y="2" width="8" height="8" fill="var(--paper)" stroke="var(--later)" stroke-width="2"/></svg>quantized after training, calibrated</li>
+<li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M19 1L24 6L19 11L14 6Z" fill="var(--paper)" stroke="currentColor" stroke-width="1.5"/></svg>quantized after training, onnxruntime</li>
+<li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M0 6H38" stroke="var(--faint)" stroke-width="1.5" stroke-dasharray="2 3"/></svg>float</li></ul>{% endmacro %}
+{% macro figure(f) %}<figure>{% if f.key == 'after' %}{{ legend_after() }}{% else %}{{ legend(f.random) }}{% endif %}<div class="panels{{ ' one' if f.svgs|length == 1 else ' two' if f.svgs|length in (2, 4) }}">{% for s in f.svgs %}{{ s|safe }}{% endfor %}</div><figcaption>{{ f.caption }}</figcaption></figure>{% endmacro %}
 {% macro grid(g) %}<h3>{{ g.name }}</h3>{% if g.rows %}<div class="box" role="region" tabindex="0" aria-label="Saliency maps, {{ g.name }}"><table class="maps">
 <thead><tr><td></td><th scope="col">image</th>{% for c in g.columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead>
 <tbody>{% for r in g.rows %}<tr><th scope="row">{{ r.true }}</th><td><img src="{{ r.src }}" alt="Test image of class {{ r.true }}" width="70" height="70"><small></small></td>
@@ -724,7 +906,7 @@ _MACROS = """
 {% endfor %}</tbody></table></div>{% endif %}{% for n in g.notes %}<p class="note">{{ n }}</p>{% endfor %}{% endmacro %}
 """
 
-# %% ../nbs/12_report.ipynb #8e58c50b
+# %% ../nbs/12_report.ipynb #02a4b50a
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark"><title>{{ title }}</title><link rel="icon" href="data:,"><style>{{ css|safe }}</style></head>
 <body><div class="page"><header><p class="kicker">qisal study</p><h1>{{ title }}</h1>
@@ -745,6 +927,8 @@ _PAGE = """<!DOCTYPE html>
 {% if grids %}<section aria-labelledby="maps"><h2 id="maps">Saliency maps</h2><p>The first test image of each class and, for each network of the first seed, the magnitude of the true class’s gradient: black is none, light yellow the most. Each map has its own scale. A red arrow names a wrong prediction.</p>{% for g in grids %}{{ grid(g) }}{% endfor %}</section>{% endif %}
 {% if alphas %}<section aria-labelledby="alphas"><h2 id="alphas">Clipping levels</h2><p>PACT learns for each activation layer the level alpha at which it clips. A small alpha means a fine grid and many clipped values.</p>{% for t in alphas %}{{ table(t) }}{% endfor %}</section>{% endif %}
 {% if cost %}<section aria-labelledby="cost"><h2 id="cost">Cost</h2>{{ table(cost) }}</section>{% endif %}
+{% if ships %}<section aria-labelledby="ships"><h2 id="ships">What ships</h2>{% if ships.tables %}<p>Each network as the file that leaves the house: its real bytes, scales, biases and structure included, its answers on the whole test set in onnxruntime, and its time there next to the float network’s.</p>{% for t in ships.tables %}{{ table(t) }}{% endfor %}{% endif %}{% for n in ships.notes %}<p class="note">{{ n }}</p>{% endfor %}</section>{% endif %}
+{% if after %}<section aria-labelledby="after"><h2 id="after">Quantized after training</h2><p>What did it buy to train with quantization? The float networks of this study were also quantized without training, by calibration on a few hundred training images. {{ after.gain.text }}</p>{% if after.gain.caveat %}<p class="note">{{ after.gain.caveat }}</p>{% endif %}{{ figure(after.figure) }}{% for t in after.tables %}{{ table(t) }}{% endfor %}</section>{% endif %}
 {% if times %}<section aria-labelledby="times"><h2 id="times">Run times</h2>{{ table(times) }}</section>{% endif %}
 <section aria-labelledby="failures"><h2 id="failures">Failures</h2>{% if failures %}<p>These runs ended with an error and are in no table or figure above.</p>{{ table(failures) }}{% else %}<p>No run failed.</p>{% endif %}
 {% if partial %}<p>Without a result, because they were stopped, are still running, or were altered afterwards: {% for p in partial %}<code>{{ p }}</code>{{ ', ' if not loop.last }}{% endfor %}.</p>{% endif %}</section>
@@ -753,8 +937,8 @@ _PAGE = """<!DOCTYPE html>
 </main><footer>Written by qisal {{ version }} from the folder <code>{{ place }}</code>.</footer></div></body></html>
 """
 
-# %% ../nbs/12_report.ipynb #280d53d0
-def _svg_figure(name, title, parts, caption, random, draw)->dict:
+# %% ../nbs/12_report.ipynb #302e3851
+def _svg_figure(name, title, parts, caption, random, draw, key='guidance')->dict:
     "A figure of the page: an SVG for each (alt text, data) in `parts`."
     svgs = []
     for i, (alt, *args) in enumerate(parts):
@@ -762,7 +946,7 @@ def _svg_figure(name, title, parts, caption, random, draw)->dict:
         fig.subplots_adjust(left=.15, right=.985, top=.9, bottom=.19)
         draw(ax, *args)
         svgs.append(to_svg(fig, f'{name}{i}', alt))
-    return dict(title=title, svgs=svgs, caption=caption, random=random)
+    return dict(title=title, svgs=svgs, caption=caption, random=random, key=key)
 
 def _accuracy_part(study)->dict:
     acc = accuracy_table(study)
@@ -784,13 +968,15 @@ def _masking_part(study)->dict|None:
     found = figures(None, 'mask')
     return dict(figures=found, tables=_masking_tables(study), road=figures('road', 'road')) if found else None
 
-# %% ../nbs/12_report.ipynb #ed5dc791
+# %% ../nbs/12_report.ipynb #eabfbfd5
 def _download(name, text, kind)->dict: return dict(name=name, href=f'data:{kind};base64,' + base64.b64encode(text.encode()).decode())
 
 def _downloads(study)->list:
     from qisal.run import summary
     metrics = {o['run_id']: o['metrics'] for o in study.having('done')}
     res = [_download('summary.csv', summary(study.folder).to_csv(index=False), 'text/csv')]
+    shipped = {o['run_id']: o['shipped'] for o in study.having('done') if o['shipped']}
+    if shipped: res.append(_download('shipped.json', json.dumps(shipped, ensure_ascii=False), 'application/json'))
     if metrics:
         slim = study.curves.drop(columns='group').round({'frac': 6})
         res += [_download('curves.csv', slim.to_csv(index=False), 'text/csv'), _download('metrics.json', json.dumps(metrics, ensure_ascii=False), 'application/json')]
@@ -814,10 +1000,10 @@ def _alarm(study)->str:
     sample = any(o['spec']['sample'] for o in study.having('done'))
     return 'Runs on the small embedded sample: they show that everything works and how large the effects are; they are too coarse to compare methods.' if small and sample else ''
 
-# %% ../nbs/12_report.ipynb #cb5f816c
+# %% ../nbs/12_report.ipynb #ffdea44b
 def _contents(parts)->list: # (id, name) of the sections that are there
     names = dict(verdicts=('verdict', 'In short'), accuracy=('accuracy', 'Accuracy'), masking=('masking', 'Masking the salient pixels'), grids=('maps', 'Saliency maps'), alphas=('alphas', 'Clipping levels'),
-                 cost=('cost', 'Cost'), times=('times', 'Run times'))
+                 cost=('cost', 'Cost'), ships=('ships', 'What ships'), after=('after', 'Quantized after training'), times=('times', 'Run times'))
     made = [('made', 'Made with')] if parts['made'] or parts['data'] else []
     return [*[v for k, v in names.items() if parts[k]], ('failures', 'Failures'), *made, ('downloads', 'Downloads')]
 
@@ -826,7 +1012,7 @@ def _parts(study)->dict:
     some, datasets = len(study.table) > 0, list(study.table.dataset.unique()) if len(study.table) else []
     grids = [dict(name=dataset_name(d), **g) for d in datasets if (g := saliency_grid(study, d))]
     p = dict(verdicts=[dict(v, table=_difference_table(v)) for v in verdicts(study)] if some else [], accuracy=_accuracy_part(study) if some else None, masking=_masking_part(study) if some else None,
-             grids=grids, alphas=[t for d in datasets if (t := _alpha_table(study, d))], cost=_cost_table(study), times=_time_table(study), failures=_failure_table(study),
+             grids=grids, alphas=[t for d in datasets if (t := _alpha_table(study, d))], cost=_cost_table(study), ships=_ships_part(study) if some else None, after=_after_part(study), times=_time_table(study), failures=_failure_table(study),
              partial=[o['run_id'] for o in study.having('partial')], made=_made_with(study), data=_data_table(study), downloads=_downloads(study), facts=_facts(study), alarm=_alarm(study))
     return dict(p, toc=_contents(p))
 
@@ -840,15 +1026,15 @@ def report_html(
     name = Path(study.folder).resolve().name
     return template.render(**_parts(study), css=_CSS + _CSS_MORE, title=f'The {name} study', place=_place(study), version=__version__).lstrip()
 
-# %% ../nbs/12_report.ipynb #c28c0719
+# %% ../nbs/12_report.ipynb #75642a9b
 def save_figures(
     study:Study, # From `read_study`
 )->list: # Paths of the PNGs; none without a finished run
-    "Write `figures/accuracy.png` and `figures/masking.png` into the study's folder."
+    "Write `figures/accuracy.png`, and where there is something to show `figures/masking.png` and `figures/after.png`, into the study's folder."
     if not len(study.table): return []
     folder, res = Path(study.folder)/'figures', []
     folder.mkdir(exist_ok=True)
-    figures = dict(accuracy=plot_accuracy, **(dict(masking=plot_masking) if len(study.curves) else {}))
+    figures = dict(accuracy=plot_accuracy, **(dict(masking=plot_masking) if len(study.curves) else {}), **(dict(after=plot_after) if len(after_table(study)) else {}))
     for name, plot in figures.items():
         buffer = io.BytesIO()
         plot(study).savefig(buffer, format='png', dpi=160, facecolor='white')

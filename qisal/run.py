@@ -6,7 +6,8 @@
 __all__ = ['PROFILES', 'RESULTS_FORMAT', 'RESULT_KEYS', 'NEED_BYTES', 'THREAD_VARIABLES', 'grid', 'template_parameters',
            'check_template', 'template_hash', 'fingerprint', 'check_result', 'read_metrics', 'changed_parts', 'is_done',
            'data_checksums', 'RunLock', 'disk_errors', 'check_out', 'RunFailed', 'run_one', 'load_runs', 'summary',
-           'write_summary', 'end_with_parent', 'write_manifest', 'available_cores', 'fill_notebook', 'run_study']
+           'write_summary', 'end_with_parent', 'write_manifest', 'available_cores', 'fill_notebook', 'run_study',
+           'measure_study']
 
 # %% ../nbs/11_run.ipynb #76c4c4b8
 import ast, contextlib, errno, fcntl, hashlib, json, math, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -419,10 +420,10 @@ def _run_fresh(spec, out, folder, template, n_threads, lock):
         write_json(folder/'error.json', error)
         raise RunFailed(error) from e
 
-# %% ../nbs/11_run.ipynb #3bdfaf4e
+# %% ../nbs/11_run.ipynb #49f1cb31
 def load_runs(
     out, # A study's folder
-)->list[dict]: # One a run: `run_id`, `folder`, `status` ('done', 'failed' or 'partial'), `spec` (dict), `metrics`, `error` (dict or None)
+)->list[dict]: # One a run: `run_id`, `folder`, `status` ('done', 'failed' or 'partial'), `spec` (dict), `metrics`, `error` (dict or None), `shipped` (what `measure_study` found, or None)
     "All runs of a study, in the order of their names; `BadInput` if it is none, or one of another version."
     out = Path(out)
     if not (out/'runs').is_dir(): raise BadInput(f"{out} is no results folder (it has no 'runs'); name the folder that was given to `qisal study --out`.")
@@ -430,12 +431,13 @@ def load_runs(
     return [_load(p) for p in sorted((out/'runs').iterdir()) if (p/'spec.json').is_file()]
 
 def _load(folder):
+    from qisal.worth import read_shipped
     metrics = read_metrics(folder)
     failed = (folder/'error.json').is_file() and metrics is None
-    return dict(run_id=folder.name, folder=folder, status='done' if metrics else 'failed' if failed else 'partial',
-                spec=read_json(folder/'spec.json'), metrics=metrics, error=read_json(folder/'error.json') if failed else None)
+    return dict(run_id=folder.name, folder=folder, status='done' if metrics else 'failed' if failed else 'partial', spec=read_json(folder/'spec.json'),
+                metrics=metrics, error=read_json(folder/'error.json') if failed else None, shipped=read_shipped(folder, metrics) if metrics else None)
 
-# %% ../nbs/11_run.ipynb #30b7c0a3
+# %% ../nbs/11_run.ipynb #ad5b0323
 def _row(
     run:dict, # An element of `load_runs`
 )->dict: # A row of the summary
@@ -446,17 +448,22 @@ def _row(
     for name, curve in m.get('masking', {}).items(): row[f'auc_{name}'] = curve.get('auc')
     row |= {k: v for k, v in m.get('cost', {}).items() if isinstance(v, (int, float))}
     row |= {f'seconds_{k}' if k != 'n_threads' else k: v for k, v in m.get('timing', {}).items() if isinstance(v, (int, float))}
-    row['error'] = str(run['error'] and f"{run['error']['type']}: {run['error']['message']}" or '')
+    file = run['shipped'] or {}
+    row |= dict(file_bytes=file.get('bytes', {}).get('onnx'), file_accuracy=file.get('accuracy'), latency_1=None, latency_256=None)
+    row |= {f"latency_{o['batch']}": o['ratio'] for o in file.get('latency', [])}
+    said = lambda e: f"{e['type']}: {e['message']}"
+    row['error'] = said(run['error']) if run['error'] else f"not measured as a file: {said(file['error'])}" if 'error' in file else ''
     return row
 
 def summary(
     out, # A study's folder
-): # DataFrame, one row a run: its spec, status, accuracy, area under each masking curve, cost, seconds, error
+): # DataFrame, one row a run: its spec, status, accuracy, area under each masking curve, cost, seconds; bytes and accuracy of its ONNX file and that file's time over the float one's with 1 and 256 images; error
     "The table of a study, ordered by dataset, bits as listed in `BITS`, guidance and seed."
     import pandas as pd
     from qisal.core import BITS
     df = pd.DataFrame([_row(o) for o in load_runs(out)])
     if not len(df): return df
+    df['file_bytes'] = df.file_bytes.astype('Int64')  # whole numbers, also where some are missing
     return df.sort_values(['dataset', 'arch', 'bits', 'guided', 'seed'], key=lambda c: c.map(BITS.index) if c.name == 'bits' else c, ignore_index=True)
 
 def write_summary(
@@ -563,18 +570,20 @@ def available_cores()->int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
-# %% ../nbs/11_run.ipynb #1921f456
+# %% ../nbs/11_run.ipynb #f19d52e0
 def _line(
     spec:RunSpec, # A run
     status:int|None, # Exit status of its worker; None: it was done before
     out:Path, # The study's folder
     seconds:float=0., # What it took
 )->str: # One line for the terminal
-    head = f"{_data_name(spec)}, {spec.arch}, {spec.bits} bits, {'guided' if spec.guided else 'plain'}, seed {spec.seed}"
+    head = _head(spec)
     run = _load(out/'runs'/spec.run_id) if (out/'runs'/spec.run_id/'spec.json').exists() else dict(status='partial', error=None)
     if run['status'] == 'done': return f"{head}: accuracy {run['metrics']['accuracy']:.2%} ({'done before' if status is None else f'{seconds:.0f} s'})"
     why = f"{run['error']['type']}: {run['error']['message']}" if run['error'] else f'its process ended with status {status}'
     return f"{head}: FAILED ({why.splitlines()[0] if why else status})"
+
+def _head(spec): return f"{_data_name(spec)}, {spec.arch}, {spec.bits} bits, {'guided' if spec.guided else 'plain'}, seed {spec.seed}"
 
 def _note_death(out, spec, status, said):
     "Leave `error.json` for a worker that died without a word, unless somebody else has done the run since."
@@ -607,7 +616,7 @@ def fill_notebook(
     for o in (nb, *nb['cells']): o['metadata'].pop('papermill', None)
     return nb
 
-# %% ../nbs/11_run.ipynb #36d33322
+# %% ../nbs/11_run.ipynb #162ad0eb
 def run_study(
     specs:list, # Runs, as `grid` makes them
     out, # The study's folder
@@ -616,8 +625,9 @@ def run_study(
     template=None, # A notebook; None: the package's `90_experiment.ipynb`
     command:str='', # For the manifest: the command that was given
     say=None, # Takes one line of text a run; None: prints above the progress bar
+    measure:bool=True, # Measure the networks as files when all are trained (`measure_study`)?
 ): # `summary(out)`
-    "Do all runs that are not done, some at a time. One that fails does not stop the others; bad input stops everything, before it starts where possible."
+    "Do all runs that are not done, some at a time, then measure them as files. One that fails does not stop the others; bad input stops everything, before it starts where possible."
     from tqdm import tqdm
     jobs = check_range('jobs', available_cores() if jobs is None else jobs, 1, kind=int)
     n_threads = check_range('threads', max(1, available_cores()//jobs) if n_threads is None else n_threads, 1, kind=int)
@@ -632,6 +642,7 @@ def run_study(
         bar = tqdm(total=len(specs), initial=sum(v == [] for v in changed.values()), unit='run', desc=out.name, disable=None)
         try: _work(changed, out, _Pool(out, template, n_threads), jobs, bar, say or bar.write)
         finally: bar.close()
+    if measure: measure_study(out, [o.run_id for o in specs], say)
     return summary(out)
 
 def _work(changed, out, pool, jobs, bar, say):
@@ -652,3 +663,77 @@ def _work(changed, out, pool, jobs, bar, say):
 def _refusal(said):
     found = [o for o in said.splitlines() if o.startswith('qisal: error: ')]
     return found[-1].removeprefix('qisal: error: ') if found else f'a run was refused: {said.strip()}'
+
+# %% ../nbs/11_run.ipynb #9563da89
+def _going_on(out)->int:
+    "How many runs of a study other processes are working on: those whose lock is held."
+    n = 0
+    for path in (Path(out)/'.locks').glob('*.lock'):
+        if path.stem == 'manifest': continue
+        with open(path, 'rb') as f:
+            try: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError: n += 1
+    return n
+
+def _data_once():
+    "A function that reads the data of a run, and remembers the last: runs of a study mostly share theirs."
+    from qisal.worth import run_data
+    last = {}
+    def get(metrics):
+        key = _sha([metrics['spec'].get(o) for o in ('dataset', 'sample', 'n_train', 'valid_pct')])
+        if key not in last:
+            last.clear()
+            last[key] = run_data(metrics)
+        return last[key]
+    return get
+
+def _file_line(spec, s)->str:
+    "One line about a measured run."
+    size = s['bytes']['onnx']
+    small = f", 1/{s['bytes']['float_onnx']/size:.1f} of float" if s['kind'] == 'quantized' else ''
+    times = ''.join(f"; {o['ratio']:.2f} of its time with {o['batch']} image{'s'*(o['batch'] > 1)}" for o in s.get('latency', []))
+    return f"{_head(spec)}: file {size/1000:,.0f} kB{small}{times}; accuracy {s['accuracy']:.2%}, {s['differ']} of {s['n_test']:,} images in another class"
+
+# %% ../nbs/11_run.ipynb #9f6f4c4b
+def measure_study(
+    out, # The study's folder
+    run_ids=None, # Names of runs; None: all that are done
+    say=None, # Takes one line of text a run; None: prints above the progress bar
+)->dict: # Names of runs: `measured` now, measured `before`, `without` a model folder; `failed`, a dict of name to sentence
+    "Measure the finished runs of a study as files, those that are not measured yet. `BadInput` for a folder that is no study or can't be written."
+    from tqdm import tqdm
+    from qisal.worth import is_measured
+    out = Path(out)
+    runs = [o for o in load_runs(out) if o['status'] == 'done' and (run_ids is None or o['run_id'] in run_ids)]
+    res, todo, data = dict(measured=[], before=[], without=[], failed={}), [], _data_once()
+    for o in runs:
+        known, there = o['shipped'] and 'error' not in o['shipped'], (o['folder']/'model'/'config.json').is_file()
+        if there and not is_measured(o['folder'], o['metrics']): todo.append(o)
+        else: res['before' if known else 'without'].append(o['run_id'])
+    if not todo: return res
+    with disk_errors(out), tqdm(total=len(todo), unit='file', desc=f'{out.name}, files', disable=None) as bar:
+        for o in todo:
+            error, line = _measure_one(o, out, data, say or bar.write)
+            if error: res['failed'][o['run_id']] = error
+            else: res['measured'].append(o['run_id'])
+            (say or bar.write)(line)
+            bar.update()
+        write_summary(out)
+    return res
+
+def _measure_one(run, out, data, say)->tuple: # (sentence of a failure or None, line about the run)
+    "Measure one run under its lock. A failure is noted in `shipped.json`, unless an older measurement stands there."
+    from qisal.worth import is_measured, measure_run, read_shipped, write_shipped
+    folder, spec, others = run['folder'], RunSpec.from_dict(run['spec']), _going_on(out)
+    with RunLock(out, run['run_id'], say):
+        metrics = read_metrics(folder)
+        try:
+            if metrics is None: raise BadInput("its result was removed or altered meanwhile; run the study again.")
+            s = read_shipped(folder, metrics) if is_measured(folder, metrics) else measure_run(folder, data(metrics), others=others)
+            return None, _file_line(spec, s)
+        except Exception as e:  # one run's trouble must not cost the others their measurement
+            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS): raise
+            text = ' '.join(str(e).split()).replace(f'{os.path.abspath(out)}/', '').replace(f'{out}/', '')
+            old = metrics and read_shipped(folder, metrics)
+            if metrics and (not old or 'error' in old): write_shipped(folder, metrics, dict(error=dict(type=type(e).__name__, message=text)))
+            return f'{type(e).__name__}: {text}', f"{_head(spec)}: NOT MEASURED ({type(e).__name__}: {text})"

@@ -1,5 +1,5 @@
 """The `qisal` command as a user runs it: exit status, one clear line for bad input, nothing half-written."""
-import json, os, re, subprocess, sys, time
+import json, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
@@ -15,7 +15,7 @@ def refused(r, *words):
     assert r.stdout == '' and r.stderr.startswith('qisal: error: ') and r.stderr.count('\n') == 1, r.stderr
     for o in words: assert o in r.stderr, r.stderr
 
-COMMANDS = ('study', 'run', 'report', 'data', 'explain', 'export', 'bench')
+COMMANDS = ('study', 'run', 'report', 'data', 'predict', 'explain', 'export', 'bench')
 
 def test_help_lists_all_commands():
     r = qisal('--help')
@@ -60,8 +60,10 @@ def test_data_of_a_folder_with_a_corrupt_image(tmp_path):
     refused(qisal('data', f'folder:{tmp_path}'), '3.png')
 
 def test_report_refuses(tmp_path):
-    refused(qisal('report', tmp_path/'none'))
-    refused(qisal('report', tmp_path))
+    for more in ((), ('--measure',)):
+        refused(qisal('report', tmp_path/'none', *more), 'none')
+        refused(qisal('report', tmp_path, *more))
+    assert not list(tmp_path.iterdir())
 
 def test_run_refuses(tmp_path, template):  # noqa: F811
     out = tmp_path/'out'
@@ -116,6 +118,39 @@ def test_real_study_from_another_folder(studied):
     assert z['images'].shape == (10, 28, 28, 1) and z['images'].dtype == np.uint8 and z['maps'].shape == (10, 28, 28) and z['maps'].dtype == np.float32
     assert list(z['labels']) == list(range(10)) and z['pred'].shape == (10,)
 
+def test_real_study_measures_its_files(studied):
+    cwd, _ = studied
+    run, = (cwd/'mine'/'runs').iterdir()
+    s = json.loads((run/'shipped.json').read_text())
+    assert s['kind'] == 'float' and s['n_test'] == 1000 and s['differ'] <= 1 and abs(s['accuracy'] - json.loads((run/'metrics.json').read_text())['accuracy']) <= .001
+    assert [o['bits'] for o in s['after_training']] == ['8', '8', '4', '2'] and str(cwd) not in (run/'shipped.json').read_text()
+    page = (cwd/'mine'/'report.html').read_text()
+    assert 'id="ships"' in page and 'id="after"' in page
+    header, row = (cwd/'mine'/'summary.csv').read_text().splitlines()
+    assert 'file_bytes,file_accuracy,latency_1,latency_256' in header and f",{s['bytes']['onnx']},{s['accuracy']}," in row
+
+def test_report_measures_what_is_missing(studied, tmp_path):
+    "Gone: measured again; there: left alone; broken: said, in one line, and the report is written all the same."
+    cwd, _ = studied
+    shutil.copytree(cwd/'mine', tmp_path/'mine')
+    run, = (tmp_path/'mine'/'runs').iterdir()
+    (run/'shipped.json').unlink()
+    r = qisal('report', 'mine', cwd=tmp_path)
+    assert r.returncode == 0 and not (run/'shipped.json').exists() and 'were not measured as files' in (tmp_path/'mine'/'report.html').read_text()
+    r = qisal('report', 'mine', '--measure', cwd=tmp_path)
+    assert r.returncode == 0 and 'file 4,800 kB' in r.stdout and 'id="after"' in (tmp_path/'mine'/'report.html').read_text(), r.stdout + r.stderr
+    before = (run/'shipped.json').stat().st_mtime_ns
+    r = qisal('report', 'mine', '--measure', cwd=tmp_path)
+    assert r.returncode == 0 and 'file 4,800 kB' not in r.stdout and (run/'shipped.json').stat().st_mtime_ns == before
+    (run/'shipped.json').unlink()
+    os.truncate(run/'model'/'model.safetensors', 1000)
+    r = qisal('report', 'mine', '--measure', cwd=tmp_path)
+    assert r.returncode == 1 and f'qisal: could not be measured: {run.name}' in r.stderr and 'truncated' in r.stdout and 'Traceback' not in r.stderr and 'report: ' in r.stdout
+    assert 'could not be measured: model.safetensors' in (tmp_path/'mine'/'report.html').read_text()
+    shutil.rmtree(run/'model'); (run/'shipped.json').unlink()
+    r = qisal('report', 'mine', '--measure', cwd=tmp_path)
+    assert r.returncode == 0 and f'for want of a model folder: {run.name}' in r.stderr
+
 def test_second_study_repeats_nothing(studied):
     cwd, _ = studied
     files = {o: o.stat().st_mtime_ns for o in (cwd/'mine'/'runs').rglob('*') if o.is_file()}
@@ -135,7 +170,7 @@ def test_explain(studied, tmp_path):
     right = int(np.flatnonzero(z['pred'] == z['labels'])[0])
     Image.fromarray(z['images'][right, ..., 0]).save(tmp_path/'digit.png')
     r = qisal('explain', tmp_path/'digit.png', '--model', model, '--out', tmp_path/'o.png')
-    assert r.returncode == 0 and r.stdout.startswith(f"prediction: {z['labels'][right]}\n"), r.stdout + r.stderr
+    assert r.returncode == 0 and re.fullmatch(rf"prediction: {z['labels'][right]}\n  {z['labels'][right]}: [\d.]+%\n(  \d: [\d.]+%\n){{2}}overlay: .*o.png\n", r.stdout), r.stdout + r.stderr
     assert min(Image.open(tmp_path/'o.png').size) > 200
     Image.fromarray(z['images'][right, ..., 0]).convert('RGB').resize((90, 90)).save(tmp_path/'big.png')  # another size and mode
     assert qisal('explain', tmp_path/'big.png', '--model', model, '--out', tmp_path/'o.png').stdout.startswith('prediction: ')
@@ -152,8 +187,48 @@ def test_explain_refuses(studied, tmp_path):
     refused(qisal('explain', tmp_path/'ok.png', '--model', tmp_path, '--out', tmp_path/'o.png'))
     refused(qisal('explain', tmp_path/'ok.png', '--model', run/'model', '--out', tmp_path/'o.jpg'), '.png')
     refused(qisal('explain', tmp_path/'ok.png', '--model', run/'model', '--out', tmp_path/'no'/'o.png'), 'no folder')
+    refused(qisal('explain', tmp_path/'ok.png', '--model', run/'model', '--out', tmp_path/'o.png', '--runtime', 'onnxruntime'), 'no model.onnx', 'qisal export')
+    refused(qisal('explain', tmp_path/'ok.png', '--model', run/'model', '--out', tmp_path/'o.png', '--runtime', 'tf'), "runtime 'tf'", 'onnxruntime, torch')
     assert not (tmp_path/'o.png').exists()
 
+
+@pytest.fixture(scope='module')
+def shipped(tmp_path_factory):
+    "An exported folder, and three images: one that fits, a larger one in colour, one that is damaged."
+    import torch
+    from qisal.data import get_dls, sample_arrays
+    from qisal.deploy import export_model
+    from qisal.models import lenet5
+    from qisal.quant import bake, bit_policy, calibrate, convert
+    torch.manual_seed(0)
+    cwd, dls, x = tmp_path_factory.mktemp('shipped'), get_dls('mnist', sample=True, device='cpu'), sample_arrays('mnist').x_test
+    xb = dls.one_batch()[0]
+    net = calibrate(convert(lenet5(), bit_policy('4'), xb, input_range=dls.train.input_range), xb)
+    export_model(bake(net), cwd/'small', classes=dls.vocab, n_in=1, size=28, stats=dls.stats)
+    Image.fromarray(x[0, ..., 0]).save(cwd/'a.png')
+    Image.fromarray(x[1, ..., 0]).convert('RGB').resize((60, 50)).save(cwd/'b.jpg')
+    (cwd/'cut.png').write_bytes((cwd/'a.png').read_bytes()[:60])
+    return cwd
+
+def test_predict(shipped):
+    from qisal.serve import predict
+    def said(*args): return qisal('predict', *args, '--model', 'small', cwd=shipped, PYTHONPATH=str(Path(__file__).parents[1]))
+    p = predict(shipped/'small', [shipped/'a.png', shipped/'b.jpg'], resize=True)
+    want = [f'{f}\t{n}\t{q:.4f}' for f, n, q in zip(('a.png', 'b.jpg'), p.labels, p.probs.max(1))]
+    for args, lines in ((('a.png',), want[:1]), (('a.png', 'b.jpg', '--resize'), want), (('a.png', '--runtime', 'torch'), want[:1])):
+        r = said(*args)
+        assert (r.returncode, r.stderr, r.stdout.splitlines()) == (0, '', lines), r.stdout + r.stderr
+    refused(said('a.png', 'b.jpg'), 'b.jpg', '60 x 50', '28 x 28', '--resize')
+    refused(said('a.png', 'cut.png', '--resize'), 'cut.png')
+    refused(said('nowhere.png'), 'nowhere.png')
+    refused(said('a.png', '--runtime', 'tf'), "runtime 'tf'")
+    refused(said(), 'images')
+    refused(qisal('predict', 'a.png', '--model', 'none', cwd=shipped, PYTHONPATH=str(Path(__file__).parents[1])), 'none', 'no folder')
+
+def test_explain_in_onnxruntime(shipped):
+    r = qisal('explain', 'b.jpg', '--model', 'small', '--runtime', 'onnxruntime', cwd=shipped, PYTHONPATH=str(Path(__file__).parents[1]))
+    assert r.returncode == 0 and re.fullmatch(r'prediction: \d\n(  \d: [\d.]+%\n){3}overlay: overlay.png\n', r.stdout), r.stdout + r.stderr
+    assert min(Image.open(shipped/'overlay.png').size) > 200
 
 def test_export_of_a_run_and_of_a_model_folder(tmp_path):
     import torch
@@ -171,8 +246,12 @@ def test_export_of_a_run_and_of_a_model_folder(tmp_path):
         r = qisal('export', source, '--out', 'small', cwd=tmp_path, PYTHONPATH=str(Path(__file__).parents[1]))
         assert r.returncode == 0 and 'model.onnx' in r.stdout and 'model: small' in r.stdout, r.stderr
     with torch.no_grad(): assert torch.equal(load_model(tmp_path/'small')[0](xb), bake(net)(xb))
+    for source, folder in (('run', 'run/export'), ('run/model/', 'run/model-export')):  # where it goes unless --out says otherwise
+        r = qisal('export', source, '--to', 'onnx', cwd=tmp_path, PYTHONPATH=str(Path(__file__).parents[1]))
+        assert r.returncode == 0 and f'model: {folder}' in r.stdout, r.stderr
+        assert {o.name for o in (tmp_path/folder).iterdir()} == {'README.md', 'config.json', 'model.onnx'}
 
-@pytest.mark.parametrize('source,args,words', [('nowhere', [], ['nowhere']), ('float', [], ['float network', 'PACTCallback']), ('float', ['--opset', '20'], []), ('empty', [], ['empty'])], ids=str)
+@pytest.mark.parametrize('source,args,words', [('nowhere', [], ['nowhere']), ('float', [], ['float network', 'PACTCallback']), ('float', ['--opset', '20'], ['opset is 20']), ('float', ['--to', 'pickle'], ['pickle', 'packed']), ('empty', [], ['empty'])], ids=str)
 def test_export_refuses_and_leaves_nothing(tmp_path, source, args, words):
     from qisal.deploy import save_model
     from qisal.models import lenet5

@@ -276,11 +276,11 @@ CASES = [('small_cnn', '4', {}), ('small_cnn', '2', {}), ('lenet5', '4/2', dict(
 def test_exported_folder_there_and_back(tmp_path, arch, bits, kw):
     m = bake(network(arch, bits, **kw))
     folder = export_model(m, tmp_path/'m', extra=dict(accuracy=.5), **FACTS)
-    assert sorted(o.name for o in folder.iterdir()) == ['README.md', 'config.json', 'model.onnx', 'model.safetensors']
+    assert sorted(o.name for o in folder.iterdir()) == ['README.md', 'config.json', 'model.onnx', 'model.qonnx.onnx', 'model.safetensors']
     got, c = load_model(folder)
     x = digits(8)
     with torch.no_grad(): assert torch.equal(got(x), m.eval()(x))
-    assert c['baked'] and c['weights']['kind'] == 'packed' and set(c['files']) == {'README.md', 'model.onnx', 'model.safetensors'}
+    assert c['baked'] and c['weights']['kind'] == 'packed' and set(c['files']) == {'README.md', 'model.onnx', 'model.qonnx.onnx', 'model.safetensors'}
     assert np.array_equal(run(folder/'model.onnx', x), integer_network(got, (1, 28, 28))(x))
     assert '50.00 %' in (folder/'README.md').read_text()
 
@@ -303,7 +303,7 @@ def test_float_file_is_the_float_network(tmp_path, arch):
 @pytest.fixture(scope='module')
 def shipped(tmp_path_factory): return export_model(bake(network('lenet5', '4')), tmp_path_factory.mktemp('shipped')/'m', **FACTS)
 
-@pytest.mark.parametrize('name', ['model.onnx', 'model.safetensors', 'README.md'])
+@pytest.mark.parametrize('name', ['model.onnx', 'model.qonnx.onnx', 'model.safetensors', 'README.md'])
 def test_a_missing_or_altered_file_is_named(shipped, tmp_path, name):
     for how, message in ((lambda p: p.unlink(), f'{name} is missing'), (lambda p: p.write_bytes(p.read_bytes()[:-1]), f'{name} .* truncated'),
                          (lambda p: p.write_bytes(p.read_bytes()[:-1] + b'!'), f'{name} .* altered')):
@@ -365,8 +365,9 @@ def test_altered_baked_weights_are_refused(tmp_path):
     with pytest.raises(BadInput, match='3 \\(QConv2d\\) are on no grid of 4 bits'): export_model(m, tmp_path/'m', **FACTS)
     assert not list(tmp_path.iterdir())
 
-@pytest.mark.parametrize('opset', [21, 22, 23])
+@pytest.mark.parametrize('opset', [21, 22, 23, 24, 25])
 def test_opsets(tmp_path, opset):
+    if opset > 23 and tuple(map(int, onnxruntime.__version__.split('.')[:2])) < (1, 25): pytest.skip('needs a newer onnxruntime, which needs Python 3.11')
     net, x = integer_network(network('lenet5'), (1, 28, 28)), digits(5)
     path = to_onnx(net, tmp_path/'m.onnx', opset=opset, meta=dict(note='hello'))
     m = onnx.load(path)
@@ -374,10 +375,92 @@ def test_opsets(tmp_path, opset):
     assert np.array_equal(run(path, x), net(x))
 
 
-def test_the_card_names_the_opset(tmp_path):
-    torch.manual_seed(0)
-    from qisal.quant import bake, bit_policy, convert
-    from qisal.models import lenet5
-    net = bake(convert(lenet5(), bit_policy('4'), torch.randn(2, 1, 28, 28)))
-    folder = export_model(net, tmp_path/'m', classes=list('0123456789'), n_in=1, size=28, stats=([0.], [1.]), opset=22)
-    assert '(opset 22)' in (folder/'README.md').read_text()
+# --- the card, the choice of files, the learner ---
+
+CURVE = dict(frac=[0., .1, .5], accuracy=[.9, .5, .2], auc=.4)
+
+def test_the_card_says_what_is_known(tmp_path):
+    extra = dict(accuracy=.9876, n_test=1234, data={'SHA-256 of x_train': 'abc'}, masking=dict(gradient=CURVE, random=CURVE),
+        spec=dict(dataset='mnist', sample=True, epochs=8, guided=True, seed=3))
+    m = bake(network('lenet5', '4/2'))
+    folder = export_model(m, tmp_path/'m', opset=22, extra=extra, **FACTS)
+    card, config = (folder/'README.md').read_text(), json.loads((folder/'config.json').read_text())
+    for words in ('98.76 % of 1,234 test images', '`mnist` (the embedded sample) for 8 epochs, with saliency guidance; seed 3', 'SHA-256 of x_train`: abc',
+                  '](masking_curve.png)', 'opset 22', '## Limits', f"{(folder/'model.onnx').stat().st_size:,} bytes"): assert words in card, words
+    assert (folder/'masking_curve.png').read_bytes()[:4] == b'\x89PNG' and 'masking_curve.png' in config['files']
+    from qisal.cost import count_cost
+    cost = count_cost(m, digits(1))
+    assert f"{cost['bops']:,} bit operations" in card and f"{cost['macs']:,} multiply" in card
+    plain = (export_model(m, tmp_path/'plain', **FACTS)/'README.md').read_text()
+    assert plain.count('Not said at export.') == 2 and 'masking_curve' not in plain
+    for k, v in quant_layers(m).items(): assert f'| `{k}` | {v.w_bits} | {v.a_bits} |' in plain
+
+def test_a_masking_curve_that_is_none_is_refused(tmp_path):
+    for bad in (dict(gradient=[1, 2]), dict(gradient=dict(frac=[0])), dict(gradient=dict(frac=['a'], accuracy=['b']))):
+        with pytest.raises(BadInput, match=r"extra\['masking'\]\['gradient'\] is no masking curve"): export_model(bake(network('lenet5')), tmp_path/'m', extra=dict(masking=bad), **FACTS)
+    assert not list(tmp_path.iterdir())
+
+FILES = dict(packed='model.safetensors', onnx='model.onnx', qonnx='model.qonnx.onnx')
+
+@pytest.mark.parametrize('to', ['packed', 'onnx', 'qonnx', 'onnx, packed', ('qonnx', 'onnx')], ids=str)
+def test_what_is_written_can_be_chosen(tmp_path, to):
+    folder = export_model(bake(network('lenet5')), tmp_path/'m', to=to, **FACTS)
+    asked = {FILES[o.strip()] for o in (to.split(',') if isinstance(to, str) else to)}
+    assert {o.name for o in folder.iterdir()} == asked | {'config.json', 'README.md'}
+    card = (folder/'README.md').read_text()
+    for o in FILES.values(): assert (o in card) == (o in asked)
+    if 'model.safetensors' in asked: load_model(folder)
+    else:
+        with pytest.raises(BadInput, match='holds no weights for torch'): load_model(folder)
+
+def test_unknown_files_and_opsets_are_refused_before_any_work(tmp_path):
+    with pytest.raises(BadInput, match="to 'pickle' is unknown"): export_model(get_model('lenet5'), tmp_path/'m', to='onnx,pickle', **FACTS)
+    with pytest.raises(BadInput, match='to is empty'): export_model(get_model('lenet5'), tmp_path/'m', to=(), **FACTS)
+    with pytest.raises(BadInput, match='opset is 26'): export_model(get_model('lenet5'), tmp_path/'m', opset=26, **FACTS)
+
+def test_a_learner_is_exported_after_bake_and_not_after_more_training(tmp_path):
+    from fastai.learner import Learner
+    from qisal.callback.pact import PACTCallback
+    from qisal.data import get_dls
+    learn = Learner(get_dls('mnist', sample=True, n_train=64, batch_size=32), get_model('lenet5'), loss_func=nn.CrossEntropyLoss(), cbs=PACTCallback())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        with pytest.raises(BadInput, match='still holds latent float weights; bake the model first'): export_model(learn, tmp_path/'m')
+        baked = learn.pact.bake()
+        folder = export_model(learn, tmp_path/'m')
+        with torch.no_grad(): assert torch.equal(load_model(folder)[0](digits(4)), baked.eval()(digits(4)))
+        before = {o.name: o.read_bytes() for o in folder.iterdir()}
+        learn.fit(1)
+        with pytest.raises(BadInput, match=r'changed since learn.pact.bake\(\); call it again'): export_model(learn, tmp_path/'m')
+        assert {o.name: o.read_bytes() for o in folder.iterdir()} == before
+        learn.pact.bake()
+        export_model(learn, tmp_path/'m')
+    with torch.no_grad(): assert torch.equal(load_model(folder)[0](digits(4)), learn.pact.baked.eval()(digits(4)))
+    assert json.loads((folder/'config.json').read_text())['classes'] == list('0123456789')
+
+# --- onnxruntime ---
+
+def test_an_export_that_onnxruntime_answers_differently_is_refused(tmp_path, monkeypatch):
+    class Wrong:
+        def run(self, *args): return [np.ones((2, 10), np.float32)]
+    m = bake(network('lenet5'))
+    with monkeypatch.context() as mp:
+        mp.setattr(deploy, 'onnx_session', lambda *a, **k: Wrong())
+        with pytest.raises(BadInput, match='other logits for model.onnx than integer arithmetic'): export_model(m, tmp_path/'m', **FACTS)
+    with monkeypatch.context() as mp:
+        mp.setattr(deploy, 'onnx_graph_ops', lambda raw: {'Conv': 2})
+        with pytest.raises(BadInput, match=r'would run model.onnx in float \(Conv\)'): export_model(m, tmp_path/'m', **FACTS)
+    assert not list(tmp_path.iterdir())
+
+def test_an_onnxruntime_too_old_for_the_file(tmp_path):
+    m = onnx.load(to_onnx(integer_network(network('lenet5'), (1, 28, 28)), tmp_path/'m.onnx'))
+    good = m.SerializeToString()
+    m.ir_version = 99
+    with pytest.raises(BadInput, match=rf'onnxruntime {onnxruntime.__version__} is too old for the ONNX file \(Unsupported model IR version: 99'): deploy.onnx_session(m.SerializeToString())
+    m.ir_version, m.opset_import[0].version = 10, 99
+    (tmp_path/'new.onnx').write_bytes(m.SerializeToString())
+    with pytest.raises(BadInput, match='too old for .*new.onnx'): deploy.onnx_session(tmp_path/'new.onnx')
+    for bad in (good[:500], b'', b'no ONNX'):
+        with pytest.raises(BadInput, match="onnxruntime can't open the ONNX file"): deploy.onnx_session(bad)
+    with pytest.raises(BadInput, match='none.onnx is not a file'): deploy.onnx_session(tmp_path/'none.onnx')
+    with pytest.raises(BadInput, match='threads is 0'): deploy.onnx_session(good, threads=0)

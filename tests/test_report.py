@@ -4,9 +4,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 import numpy as np, pytest
 from qisal.core import BadInput, RunSpec, provenance, write_json
-from qisal.report import (accuracy_table, cost_rows, differences, make_report, masking_table, newcombe_interval, plot_masking, read_maps, read_study, run_command, saliency_grid,
-                          verdicts, _labels)
-from qisal.run import RESULTS_FORMAT, _seal
+from qisal.report import (accuracy_table, after_table, cost_rows, differences, make_report, masking_table, newcombe_interval, plot_after, plot_masking, read_maps, read_study, report_html,
+                          run_command, saliency_grid, shipping_table, training_gain, verdicts, _labels)
+from qisal.run import RESULTS_FORMAT, _seal, read_metrics
+from qisal.worth import write_shipped
 
 FRACS = [0, .1, .2, .3]
 NASTY = '<img src=x onerror=alert(1)>&"\'{{ 7*7 }}</table>'
@@ -43,6 +44,23 @@ def study_of(tmp, *runs, **kw):
 def grid(acc=lambda s: .98, left=lambda s: .5, seeds=(0,), bits=('32', '4'), n=1000):
     specs = [RunSpec(bits=b, guided=g, seed=s) for b in bits for g in (False, True) for s in seeds]
     return [(s, metrics(s, acc(s), left(s), n)) for s in specs]
+
+AFTER = dict(theirs=-.001, **{'8': -.002, '4': -.01, '2': -.1})
+
+def ship(out, spec, after=AFTER, slow=.5, differ=0, **kw):
+    "Made-up measurements of a run's file; `after`: what quantizing afterwards costs."
+    folder = Path(out)/'runs'/spec.run_id
+    m, bits = read_metrics(folder), 32 if spec.bits == '32' else int(spec.bits[0])
+    found = dict(accuracy=m['accuracy'], n_test=m['n_test'], differ=differ, others=0, load=.25, seconds=1., bits_per_weight=bits + .1, provenance={**PROVENANCE(), 'versions': dict(onnxruntime='9.9')})
+    if bits == 32: found |= dict(kind='float', bytes=dict(onnx=4000, float_onnx=4000), calibration=512, after_training=[
+        dict(by='onnxruntime' if b == 'theirs' else 'qisal', bits='8' if b == 'theirs' else b, accuracy=m['accuracy'] + v, bytes=1) for b, v in after.items()])
+    else: found |= dict(kind='quantized', bytes=dict(onnx=125*bits, safetensors=120*bits, float_onnx=4000), latency=[dict(batch=n, threads=1, ratio=slow + (n > 1)*.1, low=slow - .05, high=slow + .2, ms=slow*f, float_ms=f, n=9) for n, f in ((1, .2), (256, 40.))])
+    return write_shipped(folder, m, found | kw)
+
+def shipped_study(tmp, runs, **kw):
+    out = study_of(tmp, *runs)
+    for s, _ in runs: ship(out, s, **kw)
+    return out
 
 # --- numbers ---
 
@@ -122,6 +140,94 @@ def test_one_seed_is_said_to_be_one_seed(tmp_path):
     assert all('One seed' in o['caveat'] for o in v if o['evidence'] is not None)
     v = verdicts(read_study(study_of(tmp_path/'b', *grid(lambda s: .9 + s.seed/1000, seeds=(0, 1)))))
     assert all('over 2 seeds' in o['caveat'] for o in v if o['evidence'] is not None)
+
+# --- the files ---
+
+def test_shipping_table_by_hand(tmp_path):
+    out = study_of(tmp_path, *grid(lambda s: .9 + s.seed/100, seeds=(0, 1)))
+    for i, (s, _) in enumerate(grid(seeds=(0, 1))): ship(out, s, slow=.5 + s.seed/10, differ=s.seed)
+    t = shipping_table(read_study(out))
+    assert t.label.tolist() == ['fp32', 'fp32, guided', '4-bit', '4-bit, guided'] and t.runs.tolist() == [2]*4
+    assert t['size'].tolist() == [1, 1, 1/8, 1/8] and t.file_bits.tolist() == [32.1, 32.1, 4.1, 4.1] and t.packed_size[2] == 480/4000 and np.isnan(t.packed_size[0])
+    assert t.latency_1[2] == pytest.approx(.55) and t.latency_256[2] == pytest.approx(.65) and t.ms_256[2] == pytest.approx(22) and t.float_ms_1[2] == .2 and np.isnan(t.latency_1[0])
+    assert t.differ.tolist() == [1]*4 and t.images.tolist() == [2000]*4 and t.file_accuracy[0] == pytest.approx(.905)
+
+def test_after_table_pairs_seeds_guidance_and_bits(tmp_path):
+    runs = grid(lambda s: .9 + s.seed/100 - .02*(s.bits == '4') - .03*(s.bits == '2') + .001*s.guided, seeds=(0, 1), bits=('32', '4', '2'))
+    out = shipped_study(tmp_path, runs)
+    a = after_table(read_study(out)).set_index(['guided', 'bits'])
+    assert len(a) == 6 and a.label[False, '8'] == '8-bit' and a.label[True, '2'] == '2-bit, guided'
+    for g in (False, True):
+        assert a.float[g, '4'] == pytest.approx(.905 + .001*g) and a.trained[g, '4'] == pytest.approx(.885 + .001*g) and a.after[g, '2'] == pytest.approx(.805 + .001*g)
+        assert a['mean'][g, '4'] == pytest.approx(-.01) and a['mean'][g, '2'] == pytest.approx(.07) and a.seeds[g, '2'] == 2 and a.basis[g, '2'] == 'seeds'
+        assert np.isnan(a['mean'][g, '8']) and np.isnan(a.trained[g, '8']) and a.theirs[g, '8'] == pytest.approx(.904 + .001*g) and np.isnan(a.theirs[g, '4'])
+
+def test_one_seed_of_files_has_newcombes_interval(tmp_path):
+    a = after_table(read_study(shipped_study(tmp_path, grid(lambda s: .9 if s.bits == '32' else .88)))).set_index(['guided', 'bits'])
+    d, low, high = newcombe_interval(.88, .89, 1000)
+    assert (a['mean'][False, '4'], a.low[False, '4'], a.high[False, '4']) == pytest.approx((d, low, high)) and a.basis[False, '4'] == 'images'
+
+def test_training_gain_follows_the_data(tmp_path):
+    def gain(name, acc, after, bits=('32', '4')): return training_gain(read_study(shipped_study(tmp_path/name, grid(acc, n=10000, bits=bits), after=after)))
+    keeps = lambda s: .95
+    up = gain('a', keeps, AFTER | {'4': -.1})
+    assert up['verdict'] == 'holds here' and 'ahead in 2 of 2 comparisons' in up['text'] and 'At 4 bits it brings +10.0 points' in up['text'] and '−0.10' in up['text'] and 'One seed' in up['caveat']
+    down = gain('b', keeps, AFTER | {'4': .04})
+    assert down['verdict'] == 'does not hold here' and 'ahead in 0 of 2 comparisons, behind in 2' in down['text']
+    assert gain('c', keeps, AFTER | {'4': 0.})['verdict'] == 'undecided'
+    none = gain('d', keeps, AFTER, bits=('32',))
+    assert none['verdict'] == 'not tested' and 'nothing to compare' in none['text'] and none['caveat'] == ''
+
+def test_measured_times_enter_the_verdict_on_cost(tmp_path):
+    cost = lambda out: {v['name']: v for v in verdicts(read_study(out))}['cost']
+    fast, slow, counted = shipped_study(tmp_path/'a', grid()), shipped_study(tmp_path/'b', grid(), slow=1.3), study_of(tmp_path/'c', *grid())
+    assert cost(fast)['verdict'] == 'holds here' and '1/8.0 to 1/8.0 of its bytes' in cost(fast)['text'] and '0.50 times its time with one image, 0.60 times with 256' in cost(fast)['text']
+    assert cost(slow)['verdict'] == 'holds in part' and 'Slower than the float file: 4-bit (MNIST, small_cnn)' in cost(slow)['text']
+    assert cost(counted)['verdict'] == 'holds here' and 'onnxruntime' not in cost(counted)['text'] and 'not a run time' in cost(counted)['caveat']
+
+def test_a_study_that_was_not_measured_says_so(tmp_path):
+    out = study_of(tmp_path, *grid())
+    page = make_report(out).read_text()
+    assert 'id="ships"' in page and 'were not measured as files' in page and '--measure' in page and 'id="after"' not in page and 'shipped.json' not in page and not (out/'figures'/'after.png').exists()
+    s = read_study(out)
+    assert not len(shipping_table(s)) and not len(after_table(s)) and training_gain(s) is None
+    with pytest.raises(BadInput, match='--measure'): plot_after(s)
+
+def test_measured_in_part_and_failed_measurements_are_named(tmp_path):
+    out = study_of(tmp_path, *grid())
+    specs = [s for s, _ in grid()]
+    ship(out, specs[0]); ship(out, specs[2])
+    m = read_metrics(out/'runs'/specs[1].run_id)
+    write_shipped(out/'runs'/specs[1].run_id, m, dict(error=dict(type='BadInput', message=NASTY)))
+    page = make_report(out).read_text()
+    assert f'{specs[1].run_id} could not be measured: &lt;img' in page and NASTY not in page and f'Not measured yet, or without a model folder: {specs[3].run_id}.' in page
+    assert shipping_table(read_study(out)).label.tolist() == ['fp32', '4-bit'] and (out/'figures'/'after.png').stat().st_size > 5000
+    assert [r['error'][:22] for r in csv.DictReader((out/'summary.csv').open()) if r['error']] == ['not measured as a file']
+
+def test_measurements_of_other_metrics_are_not_shown(tmp_path):
+    out = shipped_study(tmp_path, grid())
+    folder = out/'runs'/RunSpec().run_id
+    write_json(folder/'metrics.json', _seal({**read_metrics(folder), 'accuracy': .5}))
+    s = read_study(out)
+    assert [o['run_id'] for o in s.having('done') if not o['shipped']] == [RunSpec().run_id]
+
+def test_ablations_are_compared_with_the_same_float_network(tmp_path):
+    runs = grid() + [(s, metrics(s, .9)) for s in (RunSpec(bits='4', weight_quantizer='dorefa'),)]
+    a = after_table(read_study(shipped_study(tmp_path, runs)))
+    four = a[(a.bits == '4') & ~a.guided]
+    assert len(four) == 2 and four.after.nunique() == 1 and sorted(four.trained) == [.9, .98]
+    plot_after(read_study(tmp_path/'s'))
+
+def test_the_time_note_says_what_was_going_on(tmp_path):
+    assert 'no other run of this study was going on; load' in make_report(shipped_study(tmp_path/'a', grid())).read_text()
+    assert 'up to 2 other runs of this study were going on' in make_report(shipped_study(tmp_path/'b', grid(), others=2, load=None)).read_text()
+
+@pytest.mark.parametrize('name', ['first', 'modes'])
+def test_committed_studies_still_have_a_report(name):
+    from checkout import ROOT
+    if not (ROOT/'reports'/name).is_dir(): pytest.skip('not in this checkout')
+    page = report_html(read_study(ROOT/'reports'/name))
+    assert 'id="ships"' in page and 'id="accuracy"' in page
 
 # --- folders as they come ---
 
@@ -233,6 +339,7 @@ def page(tmp_path_factory):
                 for seed in (0, 1) if d == 'mnist' else (0,):
                     s = RunSpec(dataset=d, bits=b, guided=g, seed=seed)
                     put(out, s, metrics(s, .9 + seed/100, .3 if g else .5, touched=b == '2'))
+                    if d != 'fashion_mnist' or not g: ship(out, s, slow=1.5 if b == '2' else .5)
     s = RunSpec(dataset='fashion_mnist', guided=True, frac=.25)
     put(out, s, metrics(s, .93))
     put(out, RunSpec(bits='8'), error=dict(type='TrainingFailed', message=NASTY, epoch=1, cell=2))
@@ -269,7 +376,8 @@ def test_the_html_is_sound(page):
 def test_downloads_hold_the_numbers(page):
     got = dict(re.findall(r'href="data:[\w/]+;base64,([\w+/=]+)" download="([\w.]+)"', page.read_text()))
     got = {name: base64.b64decode(raw).decode() for raw, name in got.items()}
-    assert set(got) == {'summary.csv', 'curves.csv', 'metrics.json', 'manifest.json'}
+    assert set(got) == {'summary.csv', 'curves.csv', 'metrics.json', 'manifest.json', 'shipped.json'}
+    assert json.loads(got['shipped.json'])[RunSpec().run_id]['bytes']['onnx'] == 4000
     assert len(list(csv.DictReader(io.StringIO(got['summary.csv'])))) == 27
     assert json.loads(got['metrics.json'])[RunSpec().run_id]['accuracy'] == .9
     rows = [r for r in csv.DictReader(io.StringIO(got['curves.csv'])) if r['run_id'] == RunSpec().run_id and r['attribution'] == 'gradient' and r['fill'] == 'corner']

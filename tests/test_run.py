@@ -454,6 +454,24 @@ def test_full_disk_in_a_worker_stops_the_study(out, template, monkeypatch):
     with pytest.raises(BadInput, match='^the disk that holds x is full'): R.run_study([SPEC, replace(SPEC, seed=1)], out, 1, template=template, say=lambda o: None)
 
 
+# ---------------------------------------------------------------- files
+
+def test_files_are_measured_after_the_last_training(out, template, monkeypatch):
+    "... those that were asked for, once; not at all with `measure=False`."
+    specs, asked = R.grid('smoke', bits=['2', '32'], guided=['off'], epochs=1), []
+    def note(where, run_ids, say): asked.append((where, sorted(run_ids), sorted(o['run_id'] for o in R.load_runs(where) if o['status'] == 'done')))
+    monkeypatch.setattr(R, 'measure_study', note)
+    R.run_study(specs, out, 2, template=template, say=lambda o: None)
+    ids = sorted(o.run_id for o in specs)
+    assert asked == [(out, ids, ids)]
+    R.run_study(specs[:1], out, 1, template=template, say=lambda o: None, measure=False)
+    assert len(asked) == 1
+
+def test_a_run_without_a_model_is_no_trouble(out, template):
+    df = R.run_study([SPEC], out, 1, template=template, say=lambda o: None)
+    assert list(df.status) == ['done'] and list(df.error) == [''] and df.file_bytes.isna().all() and not (folder(out)/'shipped.json').exists()
+
+
 # ---------------------------------------------------------------- what a study leaves
 
 def test_manifest_and_summary(out, template, data):

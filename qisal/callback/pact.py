@@ -83,7 +83,7 @@ def _drop_group(opt):
     else: opt.param_lists, opt.hypers = L(opt.param_lists[1:]), L(opt.hypers[1:])
     opt.__class__ = type(opt).__mro__[2]
 
-# %% ../../nbs/04_callback.pact.ipynb #68c35812
+# %% ../../nbs/04_callback.pact.ipynb #70ef11c6
 class PACTCallback(Callback):
     "Quantization-aware training: PACT activations (arXiv 1805.06085) and SAWB (arXiv 1807.06964) or DoReFa weights. `learn.pact` after it is added."
     order, name = -5, 'pact'  # after TrainEvalCallback (-10) has moved the model to its device
@@ -108,7 +108,7 @@ class PACTCallback(Callback):
         if alpha_lr is not None: check_range('alpha_lr', alpha_lr, 0)
         self.kwargs = dict(weight_quantizer=weight_quantizer, per_channel=per_channel, alpha_init=alpha_init, overrides=overrides)
         self.compiled = check_in('compiled', compiled, (None, False, True))
-        self.alpha_decay, self.alpha_lr, self.qmodel, self.qdls, self._pacts = alpha_decay, alpha_lr, None, None, []
+        self.alpha_decay, self.alpha_lr, self.qmodel, self.qdls, self.baked, self._pacts = alpha_decay, alpha_lr, None, None, None, []
 
     @classmethod
     def from_bits(cls, name:str, first_last_bits:int|None=8, **kwargs):
@@ -200,7 +200,7 @@ def _model(self:PACTCallback):
     if self.qmodel is None: raise BadInput("PACTCallback has converted no model yet: add it to a Learner that has data, or call fit once.")
     return self.qmodel
 
-# %% ../../nbs/04_callback.pact.ipynb #3ca7148a
+# %% ../../nbs/04_callback.pact.ipynb #68ea179a
 @patch
 def strip(self:PACTCallback)->nn.Module:
     "A copy of the model in float: plain modules with the latent weights."
@@ -208,5 +208,6 @@ def strip(self:PACTCallback)->nn.Module:
 
 @patch
 def bake(self:PACTCallback)->nn.Module:
-    "A copy of the model whose weights sit on their grid and are used as they are; its outputs are the same."
-    return quant.bake(self._model())
+    "A copy of the model whose weights sit on their grid and are used as they are; its outputs are the same. Kept as `learn.pact.baked`, which `export_model(learn, ...)` writes."
+    self.baked = quant.bake(self._model())
+    return self.baked
