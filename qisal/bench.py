@@ -493,7 +493,7 @@ def results_frame(
         lines.append((row.title, '1 is ' + ROWS[row.over].title if row.over in ROWS else row.over, show(m['value']), spread, time, show(row.bound), show(m.get('floor', row.floor)), held))
     return pd.DataFrame(lines, columns=['row', 'compared with', 'measured', 'quartiles', 'median time', 'bound', 'floor', 'held'])
 
-# %% ../nbs/80_benchmark.ipynb #ae313c7d
+# %% ../nbs/80_benchmark.ipynb #4d978425
 def plot_rows(
     found:dict, # Name of a row -> what was measured
     title:str='What training and explaining cost', # Headline
@@ -509,7 +509,7 @@ def plot_rows(
         m, r = found[name], ROWS[name]
         ax.barh(i, m['value'], .68, color=colours[kind(name)], alpha=.85)
         ax.plot([m['low'], m['high']], [i, i], color='k', lw=1.4)
-        ax.text(max(m['high'], m['value'], r.bound or 0) + .06, i, f"{m['value']:.2f}", va='center', fontsize=10)
+        ax.text(max(m['high'], m['value'], r.bound or 0) + .06, i, f"{m['value']:.2f}", va='center', fontsize=10, bbox=dict(fc='w', ec='none', pad=.6))
         if r.bound is not None: ax.plot([r.bound]*2, [i - .4, i + .4], color='k', lw=2.2, label='bound')
         floor = m.get('floor', r.floor)
         if floor is not None: ax.plot(floor, i, 'o', color='w', mec='k', ms=5, label='floor of the arithmetic')

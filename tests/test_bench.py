@@ -99,6 +99,7 @@ def test_what_ships_has_its_bounds_and_floors(small):
         for o in ('onnx4', 'onnx2', 'int8', 'resnet20_onnx4', 'resnet20_int8'): assert rows[f'{o}_{k}']['floor'] == floor
         assert 0 < result['profile'][k]['products'] < result['profile'][k]['whole'] and 'QLinearConv 2' in result['profile'][k]['nodes']['4'] and 'Conv 2' in result['profile'][k]['nodes']['float']
     assert [rows[f'eager4_1_{t}']['bound'] for t in (1, 2)] == [.3, .3] and 'eager4_batch_1' not in rows
+    for t in (1, 2): assert 0 < rows[f'eager4_1_{t}']['floor'] < floor*20 if floor else rows[f'eager4_1_{t}']['floor'] is None
     assert result['instruction_set'] == instruction_set() and rows['export']['bound'] == 5 and rows['first']['bound'] == .5
     for file in ('onnx', 'safetensors'):
         for bits, part in ((4, 7.7), (2, 15)):
@@ -121,7 +122,9 @@ def test_the_files_that_are_timed_are_the_network(tmp_path):
     assert 0 < first_prediction(d['folders']['4'], tmp_path/'image.npy') < 60
     with pytest.raises(RuntimeError, match='config.json'): first_prediction(tmp_path, tmp_path/'image.npy')
     seconds = node_seconds(d['files']['4'], d['images'][:1], runs=4)
-    assert 0 < products_only(seconds) < sum(seconds.values()) and len(seconds) >= 10
+    assert 0 < products_only(seconds) < sum(seconds.values()) and {'QLinearConv', 'QLinearConv 2', 'QGemm'} <= set(seconds)
+    with pytest.raises(BadInput, match='is not a file'): node_seconds(tmp_path/'none.onnx', d['images'][:1])
+    with pytest.raises(BadInput, match='runs is 0'): node_seconds(d['files']['4'], d['images'][:1], runs=0)
     assert products_only({'QLinearConv': 1., 'QLinearConv 2': 2., 'QGemm': 4., 'MatMulInteger': 8., 'Clip': 16., 'Conv': 32.}) == 15
 
 
