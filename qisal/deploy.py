@@ -9,8 +9,8 @@ __all__ = ['MODEL_FORMAT', 'MODEL_VERSION', 'TARGETS', 'find_arch', 'save_model'
            'pack_codes', 'unpack_codes', 'to_onnx', 'onnx_session', 'onnx_graph_ops', 'float_onnx', 'to_qonnx',
            'export_model']
 
-# %% ../nbs/10_deploy.ipynb #452cb43b
-import hashlib, json, os, re, shutil, tempfile, zipfile
+# %% ../nbs/10_deploy.ipynb #9f23ff4a
+import hashlib, itertools, json, os, re, shutil, tempfile, zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -442,7 +442,7 @@ def _fit_stairs(w:IntWeights, grid:IntGrid, bias, step)->tuple: # (bias, step of
     m = np.clip(step/grid.scale, low*(1 + 4e-7), high*(1 - 4e-7))
     return np.where(exact, new, bias), np.where(exact, m*grid.scale, step)
 
-# %% ../nbs/10_deploy.ipynb #b0263bb0
+# %% ../nbs/10_deploy.ipynb #d9b03945
 def _per_channel(v, ndim): return v.reshape(1, -1, *[1]*(ndim - 2))
 
 def _to_grid(y, n): return np.clip(np.rint(y), 0, n).astype(np.uint8)
@@ -498,19 +498,20 @@ class IntSum:
         for f, acc in zip(self.factors, accs): y = acc.astype(self.kind)*_per_channel(f.astype(self.kind), acc.ndim) + y
         return _to_grid(y + _per_channel(self.offset.astype(self.kind), y.ndim), self.grid.n)
     def narrow(self, w):
-        "Take float32 if every input gets the integer of float64, the offset of a channel moved in its last places if need be."
+        "Take float32 if every input gets the integer of float64, a channel's offset and factor moved in their last places if need be."
+        at = self.terms.index(w)
         other = next(((f, np.arange(t.n + 1)) for f, t in zip(self.factors, self.terms) if t is not w), (np.zeros(1), np.zeros(1, int)))
         if len(w.codes)*len(other[1])*self.grid.n > 2**19: return  # two grids of 8 bits: float32 has no chance
         acc = _edges(w, self.grid, self.offset[:, None] + other[0]*other[1])
         accs = [acc if t is w else other[1][:, None] for t in self.terms]
-        want, exact, found = self.rescale(*accs), self.offset, np.zeros(len(w.codes), bool)
-        kept, self.kind = exact.copy(), np.float32
-        for k in sorted(range(-32, 33), key=abs):
-            self.offset = exact + k*np.spacing(np.maximum(np.abs(exact), 1).astype(np.float32))
+        want, exact, ulp = self.rescale(*accs), (self.factors[at], self.offset), np.spacing(np.maximum(np.abs(self.offset), 1).astype(np.float32))
+        kept, found, self.kind = exact, np.zeros(len(w.codes), bool), np.float32
+        for up, k in itertools.product((0, 1, -1), sorted(range(-32, 33), key=abs)):
+            self.factors[at], self.offset = tried = exact[0]*(1 + up*2.**-23), exact[1] + k*ulp
             right = (self.rescale(*accs) == want).all((0, 2, 3))
-            kept, found = np.where(right & ~found, self.offset, kept), found | right
-            if found.all(): break
-        self.offset, self.kind = (kept, np.float32) if found.all() else (exact, np.float64)
+            kept, found = [np.where(right & ~found, new, old) for new, old in zip(tried, kept)], found | right
+            if found.all() or (up and found.mean() < .5): break
+        (self.factors[at], self.offset), self.kind = (kept, np.float32) if found.all() else (exact, np.float64)
 
 # %% ../nbs/10_deploy.ipynb #194bcd72
 @dataclass(eq=False)

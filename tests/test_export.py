@@ -248,7 +248,9 @@ def test_sums_round_like_float64(bits, kinds):
     assert len(sums) == 9 and kinds <= {s.kind.__name__ for s in sums} | {'float64'}
     for s in sums:
         accs = all_inputs(s)
-        y = sum(np.float64(acc)*(f.reshape(1, -1, 1, 1) if len(f) > 1 else f) for f, acc in zip(s.factors, accs))
+        factors = [np.atleast_1d(t.scale*float(t.grid.scale) if isinstance(t, IntWeights) else t.scale)/s.grid.scale for t in s.terms]
+        y = sum(np.float64(acc)*(f.reshape(1, -1, 1, 1) if len(f) > 1 else f) for f, acc in zip(factors, accs))
+        for new, old in zip(s.factors, factors): assert np.abs(new/old - 1).max() <= 2.**-22
         offset = sum(t.bias for t in s.terms if isinstance(t, IntWeights))/s.grid.scale
         want = np.clip(np.rint(y + offset.reshape(1, -1, 1, 1)), 0, s.grid.n)
         assert np.array_equal(s.rescale(*accs), want), s.name
