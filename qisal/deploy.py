@@ -992,7 +992,7 @@ def to_onnx(
     for s in net.steps: w.write(s)
     return w.g.save(path, net.shape, len(net.steps[-1].weights.scale), opset, meta or {})
 
-# %% ../nbs/10_deploy.ipynb #101522c9
+# %% ../nbs/10_deploy.ipynb #1519f32d
 _TOO_OLD = ('Unsupported model IR version', 'guarantees* support', 'Could not find an implementation', 'is not a registered function', 'No Op registered for')
 
 def onnx_session(
@@ -1012,7 +1012,7 @@ def onnx_session(
     try: return onnxruntime.InferenceSession(file if isinstance(file, bytes) else str(file), o, providers=['CPUExecutionProvider'])
     except Exception as e:  # its errors share no class of their own
         if 'onnxruntime' not in type(e).__module__: raise
-        if 'qonnx' in str(e): raise BadInput(f"{name} is a QONNX file, which stock onnxruntime doesn't run; open model.onnx of the same folder, or execute this file with the qonnx package.") from e
+        if 'qonnx.custom_op' in str(e): raise BadInput(f"{name} is a QONNX file, which stock onnxruntime doesn't run; open model.onnx of the same folder, or execute this file with the qonnx package.") from e
         if any(s in str(e) for s in _TOO_OLD): raise BadInput(f"onnxruntime {onnxruntime.__version__} is too old for {name} ({_reason(e)}); update it (pip install -U onnxruntime), or export the model again with a lower opset (qisal export --opset 21).") from e
         raise BadInput(f"onnxruntime can't open {name} ({_reason(e)}); {_AGAIN}.") from e
 

@@ -247,3 +247,9 @@ def test_refused(tmp_path):
 
 def test_stock_onnxruntime_says_no(tmp_path):
     with pytest.raises(BadInput, match='Quant|qonnx'): onnx_session(to_qonnx(network('lenet5'), tmp_path/'m.onnx', SHAPE))
+
+def test_onnxruntime_says_what_to_open(tmp_path):
+    p = to_qonnx(network('lenet5', '4'), tmp_path/'model.qonnx.onnx', SHAPE)
+    with pytest.raises(BadInput, match='is a QONNX file, which stock onnxruntime .* open model.onnx'): onnx_session(p)
+    p.write_bytes(p.read_bytes()[:1000])
+    with pytest.raises(BadInput, match="can't open"): onnx_session(p)
