@@ -275,12 +275,12 @@ def _find_scale(w, levels:int)->float:
         for o in near:
             if (q.astype(np.float32)*o == values).all(): return o
 
-# %% ../nbs/10_deploy.ipynb #7014190b
+# %% ../nbs/10_deploy.ipynb #2a75f298
 def layer_codes(
     m, # A `QConv2d` or `QLinear`: training, baked or folded
     name:str='the layer', # What it is called, for the message
-)->tuple: # (int8 codes, shape of the weights; float32 scales, one an output channel)
-    "The integers and scales of a layer: `codes*scale` is the weight that it uses, bit for bit. Raises `BadInput` for a float layer."
+)->tuple: # (int8 codes, shape of the weights; scales, one an output channel: float32, or float64 where batch norm was folded in)
+    "The integers and scales of a layer: `codes*scale` is the weight that it uses, bit for bit (of a folded layer: with the scale rounded to float32). Raises `BadInput` for a float layer."
     from qisal.quant import _QuantLayer, weight_codes
     if not isinstance(m, _QuantLayer) or m.w_bits == 32:
         raise BadInput(f"{name} ({type(m).__name__}) has float weights, so it has no integers; quantize it (PACTCallback, without an override to 32 bits for it).")
