@@ -855,13 +855,16 @@ def _weights(g, w:IntWeights, signed:bool, stretch:int)->str:
     if w.bits == 8: return g.const(meant[index])
     return g.op('Gather', meant, _unpacked(g, index, w.bits, w.codes.shape))
 
-# %% ../nbs/10_deploy.ipynb #1fe55be7
+# %% ../nbs/10_deploy.ipynb #1e9c8af5
 class _Writer:
     "Turns the steps of an integer network into nodes."
     def __init__(self, net):
         self.g, self.env, self.unclipped, self.channels = _Graph(), {'image': 'image'}, {}, {}
-        for s in net.steps: self.channels[s.name] = _channels(s, self.channels)
-        self.last = {s.name for s in net.steps if isinstance(s, IntFlatten) and _feeds_layers(s, net.steps)}  # flattened with the channels last
+        flat = set()  # results that are one row an image already
+        for s in net.steps:
+            self.channels[s.name] = _channels(s, self.channels)
+            if isinstance(s, IntFlatten) or s.src[0] in flat or any(isinstance(t, IntWeights) and t.codes.ndim == 2 for t in _terms(s)): flat.add(s.name)
+        self.last = {s.name for s in net.steps if isinstance(s, IntFlatten) and s.src[0] not in flat and _feeds_layers(s, net.steps)}  # flattened with the channels last
 
     def raw_name(self, s):
         "The name of a result that needs no clip; None: the clip behind it will have it."

@@ -245,9 +245,6 @@ def test_refused(tmp_path):
     with pytest.raises(BadInput, match='0 .* channels of scale zero'): to_qonnx(fold_batchnorm(m), path, SHAPE)
     assert not list(tmp_path.iterdir())
 
-def test_stock_onnxruntime_says_no(tmp_path):
-    with pytest.raises(BadInput, match='Quant|qonnx'): onnx_session(to_qonnx(network('lenet5'), tmp_path/'m.onnx', SHAPE))
-
 def test_onnxruntime_says_what_to_open(tmp_path):
     p = to_qonnx(network('lenet5', '4'), tmp_path/'model.qonnx.onnx', SHAPE)
     with pytest.raises(BadInput, match='is a QONNX file, which stock onnxruntime .* open model.onnx'): onnx_session(p)

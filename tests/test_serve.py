@@ -12,6 +12,7 @@ from qisal.deploy import export_model, integer_network, load_model, save_model
 from qisal.models import get_model
 from qisal.quant import bake, bit_policy, convert
 from qisal.serve import Prediction, Predictor, explain, normalize_pixels, occlusion, predict, read_image, to_pixels
+from test_deploy import Own
 from test_export import FACTS, network, pytestmark  # noqa: F401 (a mark)
 
 RGB = dict(classes=['cat', 'dog', 'owl'], n_in=3, size=32, stats=([.4914, .4822, .4465], [.2470, .2435, .2616]))
@@ -334,12 +335,6 @@ def test_no_onnx_file_at_all(trained, tmp_path):
     (d/'model.onnx').write_bytes(b'not a graph')
     seal(d)
     with pytest.raises(BadInput, match="onnxruntime can't open model.onnx in '.*m'"): predict(d, X)
-
-class Own(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.act, self.fc = nn.Conv2d(1, 4, 3, stride=4), nn.ReLU(), nn.Linear(4*49, 10)
-    def forward(self, x): return self.fc(self.act(self.conv(x)).flatten(1))
 
 def test_a_network_of_ones_own_needs_no_code_in_onnxruntime(tmp_path):
     torch.manual_seed(0)
