@@ -1,6 +1,7 @@
 # Two commands matter:
 #   make study   sets up .venv, trains the smoke study and writes reports/smoke/report.html
 #   make test    the same set-up, then every check: notebooks, tests, and the wheel in a second environment
+#   make test-all  the same with the tests marked slow: more combinations of what `make test` covers
 # One that takes an hour or two: make equality (the exported file against the training graph, all combinations; goes on where it was interrupted).
 # The others: setup, browser, check, notebooks, unit, wheel, readme, lock, clean, distclean.
 #
@@ -27,7 +28,7 @@ STALE := $(shell [ -e .venv/.ready ] && [ "$$(sed -n 2p .venv/.ready)" != "$$($(
 # What a test sees: the tools of .venv first, one thread a process (two processes at a time).
 TESTENV := PATH="$$PWD/$(BIN):$$PATH" OMP_NUM_THREADS=1
 
-.PHONY: study equality setup test browser check notebooks unit wheel readme lock clean distclean rebuild refresh
+.PHONY: study equality setup test test-all browser check notebooks unit wheel readme lock clean distclean rebuild refresh
 .DEFAULT_GOAL := study
 
 study: setup
@@ -88,6 +89,9 @@ browser:
 
 # One pytest at the end, so that its summary is the last thing to read. The wheel is its last test.
 test: setup browser notebooks
+	@$(TESTENV) $(PY) tests/checkout.py $(PY) -m pytest tests -m 'not slow'
+
+test-all: setup browser notebooks
 	@$(TESTENV) $(PY) tests/checkout.py $(PY) -m pytest tests
 
 check: setup
@@ -98,7 +102,7 @@ notebooks: setup
 	@$(TESTENV) $(PY) tests/checkout.py $(BIN)/nbdev_test --n_workers 2 --do_print --timing
 
 unit: setup browser
-	@$(TESTENV) $(PY) -m pytest tests --ignore tests/test_wheel.py
+	@$(TESTENV) $(PY) -m pytest tests -m 'not slow' --ignore tests/test_wheel.py
 
 wheel: setup
 	@$(TESTENV) $(PY) -m pytest tests/test_wheel.py
