@@ -170,5 +170,5 @@ def test_top_level():
     files = tracked()
     if files is None: pytest.skip('no git here')
     allowed = {'settings.ini', 'README.md', 'nbs', 'qisal', 'data', 'reports', 'tests', '.ci', '.github', '.gitignore', '.gitattributes', 'Makefile',
-        'setup.py', 'pyproject.toml', 'MANIFEST.in', 'constraints.txt', 'LICENSE', 'CONTRIBUTING.md', 'CHANGELOG.md'}
+        'setup.py', 'pyproject.toml', 'MANIFEST.in', 'constraints.txt', 'LICENSE', 'CITATION.cff', 'CONTRIBUTING.md', 'CHANGELOG.md'}
     assert {o.relative_to(ROOT).parts[0] for o in files} <= allowed
