@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['PROFILES', 'RESULTS_FORMAT', 'RESULT_KEYS', 'NEED_BYTES', 'THREAD_VARIABLES', 'grid', 'template_parameters',
            'check_template', 'template_hash', 'fingerprint', 'check_result', 'read_metrics', 'changed_parts', 'is_done',
-           'data_checksums', 'RunLock', 'disk_errors', 'check_out', 'RunFailed', 'run_one', 'load_runs', 'summary',
-           'write_summary', 'end_with_parent', 'write_manifest', 'available_cores', 'fill_notebook', 'run_study',
-           'measure_study']
+           'pack_correct', 'read_correct', 'data_checksums', 'RunLock', 'disk_errors', 'check_out', 'RunFailed',
+           'run_one', 'load_runs', 'summary', 'write_summary', 'end_with_parent', 'write_manifest', 'available_cores',
+           'fill_notebook', 'run_study', 'measure_study']
 
 # %% ../nbs/11_run.ipynb #76c4c4b8
-import ast, contextlib, errno, fcntl, hashlib, json, math, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
+import ast, contextlib, errno, fcntl, hashlib, io, json, math, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from .core import (BadInput, RunSpec, DATASETS, asset, check_in, check_range, code_hash, provenance, read_json,
-                        write_atomic, write_json)
+                        sha256_file, write_atomic, write_json)
 
 # %% ../nbs/11_run.ipynb #dd016b49
 PROFILES = {
@@ -173,6 +173,60 @@ def is_done(
 )->bool:
     "Is there a result in `folder` that carries the fingerprint of what would be run now?"
     return changed_parts(folder, spec, template, data) == []
+
+# %% ../nbs/11_run.ipynb #c0a1b202
+def pack_correct(
+    accuracy, # Truth values, one a test image: was the answer right?
+    curves:dict, # (attribution, fill, order) -> truth values, levels x test images
+)->bytes: # Content of `correct.npz`
+    "Right or wrong of every test image, eight images a byte."
+    import numpy as np
+    right, buffer = np.asarray(accuracy, bool), io.BytesIO()
+    packed = {'/'.join(map(str, k)): np.packbits(np.asarray(v, bool), axis=-1) for k, v in curves.items()}
+    wrong = [k for k, v in curves.items() if np.ndim(v) != 2 or np.shape(v)[1] != len(right)]
+    if wrong: raise BadInput(f"the curve {'/'.join(map(str, wrong[0]))} has shape {np.shape(curves[wrong[0]])}; give levels x {len(right)} test images.")
+    np.savez_compressed(buffer, n_test=len(right), accuracy=np.packbits(right), **packed)
+    return buffer.getvalue()
+
+def _curves_of(metrics)->list: # (attribution, fill, order, curve)
+    "Every masking curve in a run's metrics."
+    res = [(a, c.get('fill', ''), c.get('order', 'morf'), c) for a, c in metrics['masking'].items()]
+    for order, group in (metrics.get('road') or {}).items(): res += [(a, 'road', order, c) for a, c in group.items()]
+    return res
+
+# %% ../nbs/11_run.ipynb #c0a1b203
+def _adds_up(right, metrics)->str: # What does not; '' where all does
+    "Do the single answers give the accuracies of the metrics?"
+    import numpy as np
+    n, known = metrics['n_test'], {(a, str(fill), order): c['accuracy'] for a, fill, order, c in _curves_of(metrics)}
+    known['accuracy'] = metrics['accuracy']
+    for k, v in right.items():
+        if v.shape[-1] != n: return f'{v.shape[-1]} images instead of {n}'
+        if k not in known or np.shape(known[k]) != v.shape[:-1] or not np.allclose(v.mean(-1), known[k], rtol=0, atol=.1/n): return f"another {'accuracy' if k == 'accuracy' else 'curve ' + '/'.join(k)}"
+    return '' if 'accuracy' in right else 'no accuracy'
+
+def _unpack_correct(raw:bytes)->dict:
+    import numpy as np
+    with np.load(io.BytesIO(raw), allow_pickle=False) as z:
+        n = int(z['n_test'])
+        return {k if k == 'accuracy' else tuple(k.split('/')): np.unpackbits(z[k], axis=-1, count=n).astype(bool) for k in z.files if k != 'n_test'}
+
+def read_correct(
+    folder, # A run's folder
+    metrics:dict, # Its metrics
+)->dict|None: # 'accuracy' -> truth values, one a test image; (attribution, fill, order) -> levels x test images; None: a run of an earlier version, which kept none
+    "Right or wrong of every test image of a run. Raises `BadInput` for a `correct.npz` that is missing, altered, or not of these metrics."
+    import zipfile
+    if 'correct' not in metrics: return None
+    path = Path(folder)/'correct.npz'
+    try:
+        raw = path.read_bytes()
+        if hashlib.sha256(raw).hexdigest() != metrics['correct']: raise ValueError('it was altered')
+        right = _unpack_correct(raw)
+        if said := _adds_up(right, metrics): raise ValueError(f'it holds {said}')
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        raise BadInput(f"correct.npz of run {Path(folder).name} can't be used ({e.strerror if isinstance(e, OSError) else e}); restore it or do the run again.") from e
+    return right
 
 # %% ../nbs/11_run.ipynb #a12c2d3b
 def data_checksums(
@@ -380,6 +434,9 @@ def _finish(
     except (FileNotFoundError, ValueError) as e: raise ValueError(f"the template wrote no readable result.json ({e})") from e
     check_result(result, spec)
     result['timing'] = {**result['timing'], 'n_threads': n_threads}
+    if (folder/'correct.npz').is_file():
+        result['correct'] = sha256_file(folder/'correct.npz')
+        read_correct(folder, result)  # raises where it does not add up to the result
     metrics = _seal({'format': RESULTS_FORMAT, 'run_id': spec.run_id, **result, 'fingerprint': fingerprint(spec, template, result['code'], result['data'])})
     _keep_notebook(folder, 'run.ipynb')
     write_json(folder/'metrics.json', metrics)
