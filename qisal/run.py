@@ -80,8 +80,8 @@ def template_parameters(
         raise BadInput(f"the parameters cell of {path.name} must hold only lines 'name = literal' ({e}).") from e
 
 def _code_cells(path):
-    try: nb = json.loads(Path(path).read_text())
-    except (ValueError, OSError) as e: raise BadInput(f"template {Path(path).name} is no notebook ({e}).") from e
+    try: nb = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (ValueError, OSError, RecursionError) as e: raise BadInput(f"template {Path(path).name} is no notebook ({e}).") from e
     if not isinstance(nb, dict) or 'cells' not in nb: raise BadInput(f"template {Path(path).name} is no notebook (it has no cells).")
     return [c for c in nb['cells'] if c.get('cell_type') == 'code']
 
@@ -147,8 +147,8 @@ def read_metrics(
 )->dict|None: # Its metrics; None when there are none, or they were cut off or altered
     "A run's `metrics.json`, if it is whole and unaltered. One of another format version raises `BadInput`: it is never overwritten."
     path = Path(folder)/'metrics.json'
-    try: m = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError): return None
+    try: m = json.loads(path.read_text(encoding='utf-8'))
+    except (FileNotFoundError, ValueError, RecursionError): return None
     if not isinstance(m, dict): return None
     if m.get('format') != RESULTS_FORMAT: raise BadInput(f"{path} has results format {m.get('format')}, this qisal writes {RESULTS_FORMAT}; choose another output folder.")
     return m if _seal(m) == m else None
@@ -248,7 +248,7 @@ class RunLock:
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        (self.path.parent/'.gitignore').write_text('*\n')  # locks are nothing to keep
+        (self.path.parent/'.gitignore').write_text('*\n', encoding='utf-8')  # locks are nothing to keep
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try: fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -349,6 +349,10 @@ def _private_folder(
     finally: shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/11_run.ipynb #4b2c5335
+def _as_is(path)->str:
+    "A path that papermill takes as it is: it reads braces as places for the values of parameters."
+    return str(path).replace('{', '{{').replace('}', '}}')
+
 def _execute(
     template:Path, # The notebook
     folder:Path, # The run's folder
@@ -360,11 +364,11 @@ def _execute(
     import papermill
     from traitlets.config import Config
     logging.getLogger('papermill').setLevel(logging.WARNING)
-    with open(folder/'log.txt', 'a') as log, _private_folder(lock) as private:
+    with open(folder/'log.txt', 'a', encoding='utf-8') as log, _private_folder(lock) as private:
         variables = {o: str(parameters['n_threads']) for o in THREAD_VARIABLES}
-        variables |= dict(JUPYTER_RUNTIME_DIR=str(private), IPYTHONDIR=str(private), MPLBACKEND=None)  # no MPLBACKEND: figures inline
+        variables |= dict(PYTHONUTF8='1', JUPYTER_RUNTIME_DIR=str(private), IPYTHONDIR=str(private), MPLBACKEND=None)  # no MPLBACKEND: figures inline
         with _environment(variables):
-            papermill.execute_notebook(str(template), str(folder/'run.part.ipynb'), parameters=parameters, kernel_name='python3', language='python',
+            papermill.execute_notebook(_as_is(template), _as_is(folder/'run.part.ipynb'), parameters=parameters, kernel_name='python3', language='python',
                 progress_bar=False, kernel_manager_class=_kernel_manager(lock.fd, log), shutdown_kernel='immediate',
                 config=Config({'KernelManager': {'transport': 'ipc', 'ip': f'{private}/ipc', 'connection_file': f'{private}/kernel.json'}}))
 
@@ -376,7 +380,7 @@ def _keep_notebook(
     "Move the executed notebook to its name, without the machine's paths in its metadata."
     part = folder/'run.part.ipynb'
     if not part.exists(): return
-    nb = json.loads(part.read_text())
+    nb = json.loads(part.read_text(encoding='utf-8'))
     meta = nb['metadata'].get('papermill', {})
     for k in ('input_path', 'output_path'):
         if meta.get(k): meta[k] = Path(meta[k]).name.replace('run.part.ipynb', name)
@@ -430,7 +434,7 @@ def _finish(
     n_threads:int, # For the record
 )->dict: # The metrics
     "Check the template's `result.json`, keep the notebook, and write `metrics.json`: the last step, and one that is done or not done."
-    try: result = json.loads((folder/'result.json').read_text())
+    try: result = json.loads((folder/'result.json').read_text(encoding='utf-8'))
     except (FileNotFoundError, ValueError) as e: raise ValueError(f"the template wrote no readable result.json ({e})") from e
     check_result(result, spec)
     result['timing'] = {**result['timing'], 'n_threads': n_threads}
@@ -543,9 +547,9 @@ def _command(
 class _Worker:
     "One `qisal run` as a process that ends when this one does."
     def __init__(self, cmd, n_threads):
-        env = {**os.environ, **{k: str(n_threads) for k in THREAD_VARIABLES}, 'QISAL_LIFELINE': 'stdin'}
+        env = {**os.environ, **{k: str(n_threads) for k in THREAD_VARIABLES}, 'QISAL_LIFELINE': 'stdin', 'PYTHONUTF8': '1'}  # UTF-8 between the two, whatever the locale
         reader, self.lifeline = os.pipe()
-        try: self.process = subprocess.Popen(cmd, stdin=reader, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True)
+        try: self.process = subprocess.Popen(cmd, stdin=reader, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8', errors='replace', env=env, start_new_session=True)
         finally: os.close(reader)
 
     def wait(self)->tuple[int, str]:
@@ -665,11 +669,11 @@ def fill_notebook(
     import logging, papermill
     from traitlets.config import Config
     logging.getLogger('papermill').setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix='qisal-') as tmp, open(f'{tmp}/log.txt', 'w') as log, _environment(dict(MPLBACKEND=None)):
-        papermill.execute_notebook(str(template), f'{tmp}/filled.ipynb', parameters, cwd=str(cwd), kernel_name='python3', language='python', progress_bar=progress,
+    with tempfile.TemporaryDirectory(prefix='qisal-') as tmp, open(f'{tmp}/log.txt', 'w', encoding='utf-8') as log, _environment(dict(MPLBACKEND=None, PYTHONUTF8='1')):
+        papermill.execute_notebook(_as_is(template), _as_is(f'{tmp}/filled.ipynb'), parameters, cwd=_as_is(cwd), kernel_name='python3', language='python', progress_bar=progress,
             kernel_manager_class=_kernel_manager(log.fileno(), log), shutdown_kernel='immediate',
             config=Config({'KernelManager': {'transport': 'ipc', 'ip': f'{tmp}/ipc', 'connection_file': f'{tmp}/kernel.json'}}))
-        nb = json.loads(Path(tmp, 'filled.ipynb').read_text())
+        nb = json.loads(Path(tmp, 'filled.ipynb').read_text(encoding='utf-8'))
     for o in (nb, *nb['cells']): o['metadata'].pop('papermill', None)
     return nb
 
