@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'ARCHS', 'BITS', 'WEIGHT_QUANTIZERS', 'ATTRIBUTIONS', 'FILLS', 'MODES', 'RUN_MODULES', 'BadInput',
-           'TrainingFailed', 'check_in', 'check_range', 'write_atomic', 'write_json', 'read_json', 'RunSpec', 'run_id',
-           'set_seed', 'reuse_memory', 'sha256_file', 'sha256_array', 'code_hash', 'asset', 'git_state', 'provenance']
+           'TrainingFailed', 'check_in', 'check_range', 'as_whole', 'as_bits', 'write_atomic', 'write_json',
+           'read_json', 'RunSpec', 'fitting_batch', 'complete_fields', 'run_id', 'set_seed', 'reuse_memory',
+           'sha256_file', 'sha256_array', 'code_hash', 'asset', 'git_state', 'provenance']
 
 # %% ../nbs/00_core.ipynb #2f3f06e2
 import ast, difflib, hashlib, json, math, numbers, os, platform, re, subprocess, sys, tempfile
@@ -62,6 +63,24 @@ ATTRIBUTIONS = ('gradient', 'input_x_gradient', 'smoothgrad', 'integrated_gradie
 FILLS = ('random', 'mean', 'corner')
 MODES = ('exact', 'fast')
 
+# %% ../nbs/00_core.ipynb #5d1c9e20
+def as_whole(
+    value, # Anything
+): # `int` for a whole number of any type (4.0, a numpy number) and for text that reads as one ('4', '4.0'); everything else as it is
+    "A number as it was meant, whether a table, a file or a command brought it."
+    if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)): return value
+    try: number = float(value)
+    except ValueError: return value
+    return int(number) if number.is_integer() else value
+
+def as_bits(
+    value, # A name of `BITS`, or a number that stands for one: 4, 4.0, '4.0', a numpy number
+)->str: # One of `BITS`
+    "The name of a bit policy; `BadInput` for anything that is none."
+    whole = as_whole(value)
+    return check_in('bits', str(whole) if type(whole) is int else value, BITS)
+
+
 # %% ../nbs/00_core.ipynb #9eae72d4
 def write_atomic(
     path, # Where the file shall be; its folder must exist
@@ -110,7 +129,7 @@ class RunSpec:
     epochs: int = 5  # passes over the training set
     n_train: int|None = None  # number of training images; None: all
     sample: bool = False  # the embedded sample of real images instead of the full set?
-    batch_size: int = 128  # images a step
+    batch_size: int|None = None  # images a step; None: 128, or fewer where that makes less than four steps (`fitting_batch`)
     lr: float = 1e-3  # highest learning rate of the one-cycle schedule (Adam)
     valid_pct: float = 0.1  # share of the training images set aside for validation
     weight_quantizer: str = 'sawb'  # one of `WEIGHT_QUANTIZERS`
@@ -123,11 +142,13 @@ class RunSpec:
     mode: str = 'exact'  # one of `MODES`: guidance as published, or a cheaper estimate of it
     attributions: tuple = ('gradient', 'random')  # attributions whose masking curves are measured
     mask_fill: str|float = 'corner'  # fill of the masking curves: one of `FILLS`, 'road' or a number
+    size: int|None = None  # of a folder's images: height and width in pixels, 8 to 1024; None: chosen from the images (`qisal.data.fitting_size`)
 
     def __post_init__(self):
         object.__setattr__(self, 'attributions', tuple(self.attributions) if not isinstance(self.attributions, str) else (self.attributions,))
         _check_names(self)
         _check_numbers(self)
+        _check_size(self)
 
     def to_dict(self)->dict:
         "The fields as JSON-able values."
@@ -135,52 +156,87 @@ class RunSpec:
 
     def to_json(self)->str:
         "The fields as canonical JSON: sorted names, no blanks."
-        return json.dumps(self.to_dict(), sort_keys=True, separators=(',', ':'))
+        return _canonical(self.to_dict())
 
     @classmethod
     def from_dict(cls, d:dict):
-        "A spec from its fields; an unknown name raises `BadInput`."
+        "A spec from its fields, as `to_dict` gave them; an unknown name raises `BadInput`, and a field that is younger than `d` gets the value from before it."
         allowed = [f.name for f in fields(cls)]
         for k in d: check_in('parameter', k, allowed)
-        return cls(**d)
+        return cls(**complete_fields(d))
 
     @property
     def fingerprint(self)->str:
-        "SHA-256 of the canonical JSON, as 64 hex digits."
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        "SHA-256 of the canonical JSON, as 64 hex digits. A younger field counts where it differs from the value before it, so that runs keep their names."
+        d = self.to_dict()
+        if d['size'] == complete_fields(dict(dataset=self.dataset))['size']: del d['size']
+        return hashlib.sha256(_canonical(d).encode()).hexdigest()
 
 # %% ../nbs/00_core.ipynb #23df85e5
-def _is_flag(name, v):
-    if not isinstance(v, bool): raise BadInput(f"{name} is {v!r}; it must be True or False.")
+def _canonical(d)->str: return json.dumps(d, sort_keys=True, separators=(',', ':'))
 
-def _check_fill(name, v, names):
-    if isinstance(v, str): check_in(name, v, names)
-    else: check_range(name, v)
+def _flag(name, v)->bool:
+    if type(v).__name__ not in ('bool', 'bool_'): raise BadInput(f"{name} is {v!r}; it must be True or False.")  # numpy's bool is bool or bool_
+    return bool(v)
+
+def _fill(name, v, names):
+    if isinstance(v, str): return check_in(name, v, names)
+    check_range(name, v)
+    return v.item() if hasattr(v, 'item') else v  # a numpy number
 
 def _check_names(s):
     "The fields of a spec that are words."
     if not (isinstance(s.dataset, str) and s.dataset.startswith('folder:')): check_in('dataset', s.dataset, (*DATASETS, 'folder:PATH'))
-    elif s.sample: raise BadInput("sample=True needs an embedded dataset (mnist, fashion_mnist); a folder has none. Drop it or use n_train.")
+    elif s.sample: raise BadInput("sample=True needs an embedded dataset (mnist, fashion_mnist); a folder has none. Leave sample out; n_train takes fewer images of the folder.")
     if s.sample and s.dataset == 'cifar10': raise BadInput("cifar10 has no embedded sample (its images carry no licence); drop sample=True or use mnist or fashion_mnist.")
-    check_in('bits', s.bits, BITS)
+    _put(s, bits=as_bits(s.bits))
     check_in('arch', s.arch, ARCHS)
     check_in('weight_quantizer', s.weight_quantizer, WEIGHT_QUANTIZERS)
     check_in('mode', s.mode, MODES)
     for o in s.attributions: check_in('attribution', o, ATTRIBUTIONS)
     if not s.attributions: raise BadInput(f"attributions is empty; name at least one of {', '.join(ATTRIBUTIONS)}.")
-    _check_fill('fill', s.fill, FILLS)
-    _check_fill('mask_fill', s.mask_fill, (*FILLS, 'road'))
-    for o in ('guided', 'sample', 'per_channel', 'signed'): _is_flag(o, getattr(s, o))
+    _put(s, fill=_fill('fill', s.fill, FILLS), mask_fill=_fill('mask_fill', s.mask_fill, (*FILLS, 'road')))
+    for o in ('guided', 'sample', 'per_channel', 'signed'): _put(s, **{o: _flag(o, getattr(s, o))})
+
+
+# %% ../nbs/00_core.ipynb #94be7d01
+def _put(s, **values):
+    "Set fields of a frozen spec."
+    for k, v in values.items(): object.__setattr__(s, k, v)
 
 def _check_numbers(s):
-    "The fields of a spec that are numbers; ints given for floats become floats, so that equal specs have equal JSON."
-    for name in ('epochs', 'batch_size'): check_range(name, getattr(s, name), 1, kind=int)
-    check_range('seed', s.seed, 0, 2**32 - 1, kind=int)
-    if s.n_train is not None: check_range('n_train', s.n_train, 1, kind=int)
-    check_in('first_last_bits', s.first_last_bits, (8, 5, 4, 3, 2))
+    "The fields of a spec that are numbers; they become Python's `int` and `float`, so that equal specs have equal JSON."
+    whole = lambda v: v if isinstance(v, str) else as_whole(v)
+    for name, lo, hi in (('epochs', 1, None), ('batch_size', 1, None), ('n_train', 1, None), ('size', 8, 1024), ('seed', 0, 2**32 - 1)):
+        v = getattr(s, name)
+        if v is None and name in ('batch_size', 'n_train', 'size'): continue
+        _put(s, **{name: check_range(name, whole(v), lo, hi, kind=int)})
+    _put(s, first_last_bits=check_in('first_last_bits', whole(s.first_last_bits), (8, 5, 4, 3, 2)))
     opened = dict(lo_open=True, hi_open=True)
     for name, lo, hi, kw in (('lr', 0, None, opened), ('valid_pct', 0, 1, opened), ('frac', 0, 1, opened), ('lam', 0, None, {})):
-        object.__setattr__(s, name, check_range(name, getattr(s, name), lo, hi, **kw))
+        _put(s, **{name: check_range(name, getattr(s, name), lo, hi, **kw)})
+
+def _check_size(s):
+    "What depends on the kind of data: named sets have a size of their own, and their batch is settled here."
+    if s.dataset.startswith('folder:'): return
+    if s.size is not None: raise BadInput(f"size is for folder:PATH only; the images of {s.dataset} have a size of their own. Leave size out.")
+    if s.batch_size is None: _put(s, batch_size=128 if s.n_train is None else fitting_batch(s.n_train))
+
+
+# %% ../nbs/00_core.ipynb #b16f30d9
+def fitting_batch(
+    n:int, # Number of training images, 1 or more
+)->int: # Images a step: the largest power of two from 4 to 128 that makes four steps or more; never more than `n`
+    "The batch size of a training set of `n` images, unless one is set."
+    return min(n, max(4, min(128, 2**(max(n//4, 1).bit_length() - 1))))
+
+def complete_fields(
+    spec:dict, # Fields of a `RunSpec` as they were stored; `dataset` may be missing
+)->dict: # The same, and each field that was added later, with the value that was used before it
+    "What a stored spec says, in today's fields."
+    folder = str(spec.get('dataset', '')).startswith('folder:')
+    return {'size': 32 if folder else None, **spec}
+
 
 # %% ../nbs/00_core.ipynb #666ae428
 _NAMED = ('dataset', 'bits', 'guided', 'seed', 'arch')  # fields that a run's name spells out
@@ -194,7 +250,7 @@ def run_id(
     folder = spec.dataset.startswith('folder:')
     name = _slug(Path(spec.dataset[7:]).name) or 'images' if folder else spec.dataset
     bits = 'fp32' if spec.bits == '32' else f"b{_slug(spec.bits)}"
-    plain = RunSpec.from_dict({k: getattr(spec, k) for k in _NAMED})
+    plain = RunSpec(**{k: getattr(spec, k) for k in _NAMED})
     extra = f'-{spec.fingerprint[:8]}' if folder or plain != spec else ''
     return f"{name}-{spec.arch}-{bits}-{'guided' if spec.guided else 'plain'}-s{spec.seed}{extra}"
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'INFO', 'CIFAR_BINARY', 'REGISTRY', 'SOURCES', 'SAMPLE_TRAIN', 'SAMPLE_TEST', 'SHEET_COLUMNS', 'SAMPLE_RULE',
-           'SAMPLE_SHA256', 'SPLIT_SEED', 'DataError', 'Arrays', 'DatasetInfo', 'read_idx', 'read_cifar_bin',
+           'SAMPLE_SHA256', 'SIZES', 'SPLIT_SEED', 'DataError', 'Arrays', 'DatasetInfo', 'read_idx', 'read_cifar_bin',
            'read_cifar_png', 'data_root', 'get_arrays', 'rank_in_class', 'first_of_each', 'to_sheet', 'from_sheet',
-           'make_sample', 'write_sample', 'sample_arrays', 'plot_images', 'folder_arrays', 'stratified_split',
-           'balanced_subset', 'ResidentDataset', 'to_dataset', 'pixel_stats', 'ResidentDL', 'ResidentDLs', 'get_dls']
+           'make_sample', 'write_sample', 'sample_arrays', 'plot_images', 'fitting_size', 'folder_arrays',
+           'stratified_split', 'balanced_subset', 'ResidentDataset', 'to_dataset', 'pixel_stats', 'ResidentDL',
+           'ResidentDLs', 'get_dls']
 
 # %% ../nbs/01_data.ipynb #2b7c431d
 import gzip, http.client, io, json, os, random, socket, subprocess, sys, tarfile, tempfile, zlib
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np, torch
 from PIL import Image, ImageOps
 
-from .core import DATASETS, BadInput, RunSpec, asset, check_in, check_range, read_json, sha256_array, write_atomic
+from .core import DATASETS, BadInput, RunSpec, asset, check_in, check_range, fitting_batch, read_json, sha256_array, write_atomic
 
 # %% ../nbs/01_data.ipynb #09ae560b
 import warnings
@@ -406,6 +407,12 @@ def _list_folder(path)->dict:
         if len(v) < 3: raise BadInput(f"Class '{k}' in the image folder '{path}' has {len(v) or 'no'} image{'s'*(len(v) != 1)}; each class needs three or more (training, validation, test; {' '.join(_SUFFIXES)}).")
     return files
 
+def _shorter_side(path)->int:
+    "Of an image, in pixels; its file is opened, but not decoded."
+    try:
+        with Image.open(path) as img: return min(img.size)
+    except Exception as e: raise BadInput(f"The image '{path}' can't be read ({e}); repair or remove it.") from e
+
 def _open_image(path, size):
     "A PIL image in mode L or RGB of `size` x `size`; `BadInput` naming the file if it can't be decoded."
     try:
@@ -417,17 +424,26 @@ def _open_image(path, size):
     except Exception as e: raise BadInput(f"The image '{path}' can't be read ({e}); repair or remove it.") from e
 
 # %% ../nbs/01_data.ipynb #85133cfb
+SIZES = (28, 64)  # the smallest and the largest size that is chosen for a folder of images
+
+def fitting_size(
+    sides, # The shorter side of each image in pixels
+)->int: # Height and width in pixels: their median, rounded down to a multiple of 4, from 28 to 64
+    "The size to which a folder's images are brought, unless one is given."
+    return int(np.clip(np.median(sides)//4*4, *SIZES))
+
 def folder_arrays(
     path, # Folder with one subfolder a class, three images or more in each
-    size:int=32, # Height and width in pixels after scaling and centre-cropping; 32 suits all networks of the study
+    size:int=None, # Height and width in pixels after scaling and centre-cropping, 8 to 1024; None: `fitting_size` of the images
     test_pct:float=.2, # Share of each class that becomes the test set, between 0 and 1
     seed:int=0, # Chooses the test images
 )->Arrays: # All images; grey if every image is, else RGB
     "Read a folder of images. Raises `BadInput`, naming the folder, class or file, for anything that can't be trained on."
-    check_range('size', size, 8, 1024, kind=int)
+    if size is not None: check_range('size', size, 8, 1024, kind=int)
     check_range('test_pct', test_pct, 0, 1, lo_open=True, hi_open=True)
     check_range('seed', seed, 0, 2**32 - 1, kind=int)
     files = _list_folder(path)
+    if size is None: size = fitting_size([_shorter_side(o) for v in files.values() for o in v])
     imgs = [_open_image(o, size) for v in files.values() for o in v]
     y = np.repeat(np.arange(len(files)), [len(v) for v in files.values()])
     y = y.astype(np.uint8 if len(files) <= 256 else np.int64)
@@ -620,17 +636,16 @@ class ResidentDLs(DataLoaders):
 
 def _wishes(spec, given):
     "What a `RunSpec` asks of the data, or the arguments of `get_dls` themselves, validated in the same way."
-    names, default = ('n_train', 'sample', 'batch_size', 'valid_pct', 'seed'), RunSpec()
+    unset = dict(n_train=None, sample=False, batch_size=None, valid_pct=.1, seed=0, size=None)
     if isinstance(spec, RunSpec):
-        extra = [o for o in names if given[o] != getattr(default, o)]
+        extra = [o for o in unset if given[o] != unset[o]]
         if extra: raise BadInput(f"get_dls got a RunSpec and {', '.join(extra)} too; say it once: dataclasses.replace(spec, {extra[0]}=...).")
         return spec
-    return RunSpec(dataset=str(spec), **{o: given[o] for o in names})
+    return RunSpec(dataset=str(spec), **given)
 
-def _arrays_of(spec, root, size)->Arrays:
+def _arrays_of(spec, root)->Arrays:
     "The arrays a spec names."
-    if spec.dataset.startswith('folder:'): return folder_arrays(spec.dataset[len('folder:'):], size=32 if size is None else size)
-    if size is not None: raise BadInput(f"size is for folder:PATH only; {spec.dataset} has images of {INFO[spec.dataset].size} pixels.")
+    if spec.dataset.startswith('folder:'): return folder_arrays(spec.dataset[len('folder:'):], size=spec.size)
     return sample_arrays(spec.dataset) if spec.sample else get_arrays(spec.dataset, root)
 
 # %% ../nbs/01_data.ipynb #14e8cfdd
@@ -639,25 +654,26 @@ def get_dls(
     *,
     n_train:int=None, # Images to learn from, counted after the validation images are taken away; None: all of them
     sample:bool=False, # The embedded sample (2,000 + 1,000 images) instead of the whole set?
-    batch_size:int=128, # Images a batch; 128 as in the papers
+    batch_size:int=None, # Images a batch; None: 128 as in the papers, or fewer where that makes less than four steps a pass
     valid_pct:float=.1, # Share of each class of the training set that becomes the validation set, between 0 and 1
     seed:int=0, # Decides the order of the training images, nothing else: the split is the same for all seeds
     root=None, # Folder of the cache; None: QISAL_DATA, else `~/.cache/qisal`
     device=None, # Where the images live; None: fastai's default device, a GPU if there is one
-    size:int=None, # For folders: height and width in pixels; None: 32
+    size:int=None, # For folders: height and width in pixels, 8 to 1024; None: chosen from the images (`fitting_size`)
 )->ResidentDLs: # `.train`, `.valid`, `.test`; `.vocab`, `.stats`, `.n_in`, `.size`, `.input_range`, `.checksums`, `.source`
     "Make `DataLoaders` for a dataset. Raises `BadInput` for anything that can't be, before any work is done on images."
-    spec = _wishes(spec_or_name, dict(n_train=n_train, sample=sample, batch_size=batch_size, valid_pct=valid_pct, seed=seed))
-    a = _arrays_of(spec, root, size)
+    spec = _wishes(spec_or_name, dict(n_train=n_train, sample=sample, batch_size=batch_size, valid_pct=valid_pct, seed=seed, size=size))
+    a = _arrays_of(spec, root)
     train, valid = stratified_split(a.y_train, spec.valid_pct)
     n = len(train) if spec.n_train is None else spec.n_train
     if n > len(train): raise BadInput(f"n_train is {n}; after {len(valid)} validation images are taken away, {a.name} has {len(train)} to learn from. Lower n_train, or leave it out to take all.")
-    if n < spec.batch_size: raise BadInput(f"batch_size is {spec.batch_size}, but there are only {n} training images; make it {n} or less.")
+    bs = fitting_batch(n) if spec.batch_size is None else spec.batch_size
+    if n < bs: raise BadInput(f"batch_size is {bs}, but there are only {n} training images; make it {n} or less, or leave it out for one that fits.")
     train = train[balanced_subset(a.y_train[train], n)]
     stats = (INFO[a.name].mean, INFO[a.name].std) if a.name in INFO else pixel_stats(a.x_train[train])
     parts = (a.x_train[train], a.y_train[train]), (a.x_train[valid], a.y_train[valid]), (a.x_test, a.y_test)
     device = default_device() if device is None else torch.device(device)
-    dls = ResidentDLs(*[ResidentDL(to_dataset(*o, a.classes, stats), bs=spec.batch_size, shuffle=i == 0, drop_last=i == 0, seed=spec.seed)
+    dls = ResidentDLs(*[ResidentDL(to_dataset(*o, a.classes, stats), bs=bs, shuffle=i == 0, drop_last=i == 0, seed=spec.seed)
                         for i, o in enumerate(parts)], device=device)
     dls.checksums, dls.source = a.checksums, a.source
     return dls

@@ -13,8 +13,9 @@ __all__ = ['DRAWS', 'KEPT_MARGIN', 'run_setting', 'Study', 'read_study', 'bits_n
 import base64, functools, html, io, json, math, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
-from .core import BadInput, asset, read_json, write_atomic
+from .core import BadInput, asset, complete_fields, read_json, write_atomic
 from .run import _curves_of, _sha, load_runs, read_correct
+
 
 # %% ../nbs/12_report.ipynb #77fd15b3
 _GUIDANCE, _QUANT = ('frac', 'fill', 'lam', 'signed', 'mode'), ('weight_quantizer', 'per_channel', 'first_last_bits')
@@ -25,7 +26,7 @@ def run_setting(
 )->dict: # What makes a run what it is, without the seed
     "The fields of a spec that had an effect, without the seed."
     out = {'seed', *drop, *(() if spec['guided'] else _GUIDANCE), *(_QUANT if spec['bits'] == '32' else ())}
-    return {k: v for k, v in spec.items() if k not in out}
+    return {k: v for k, v in complete_fields(spec).items() if k not in out and not (k == 'size' and v is None)}
 
 def _key(d)->str: return json.dumps(d, sort_keys=True)
 

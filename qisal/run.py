@@ -40,10 +40,11 @@ def _fields(
     profile:str, # Name of the profile
     dataset:str, # Name of the dataset
 )->dict: # Fields of `RunSpec`
-    "What a profile says about one dataset. Where `smoke` has no embedded sample it takes 2,000 training images of the full set, and all of a folder."
+    "What a profile says about one dataset. Where `smoke` has no embedded sample it takes 2,000 training images of the full set, and all of a folder, in batches that fit it."
     p = PROFILES[profile]
     f = {**p['common'], **p['by_dataset'].get(dataset, {})}
     if f.get('sample') and dataset not in ('mnist', 'fashion_mnist'): f |= dict(sample=False, n_train=None if dataset.startswith('folder:') else 2000)
+    if dataset.startswith('folder:'): f.pop('batch_size', None)
     return f
 
 def grid(
@@ -60,7 +61,7 @@ def grid(
     for name, given in dict(datasets=datasets, bits=bits, guided=guided, seeds=seeds).items():
         axes[name] = tuple(p[name] if given is None else given)
         if not axes[name]: raise BadInput(f"{name} is empty; name at least one value or leave it out for the profile's {', '.join(map(str, p[name]))}.")
-    specs = [RunSpec.from_dict({**_fields(profile, d), **over, 'dataset': d, 'bits': b, 'guided': _flag(g), 'seed': s})
+    specs = [RunSpec.from_dict({'size': None, **_fields(profile, d), **over, 'dataset': d, 'bits': b, 'guided': _flag(g), 'seed': s})
              for s, d, b, g in product(axes['seeds'], axes['datasets'], axes['bits'], axes['guided'])]
     return list(dict.fromkeys(specs))
 
@@ -625,7 +626,8 @@ def write_manifest(
         for o in specs: write_json(Path(out)/'specs'/f'{o.run_id}.json', o.to_dict())
     return m
 
-def _data_name(spec): return f'{spec.dataset} (sample)' if spec.sample else spec.dataset
+def _data_name(spec):
+    return spec.dataset + (' (sample)' if spec.sample else f' ({spec.size} x {spec.size})' if spec.size else '')
 
 def available_cores()->int:
     "The cores that this process may use."
@@ -741,7 +743,7 @@ def _data_once():
     from qisal.worth import run_data
     last = {}
     def get(metrics):
-        key = _sha([metrics['spec'].get(o) for o in ('dataset', 'sample', 'n_train', 'valid_pct')])
+        key = _sha([metrics['spec'].get(o) for o in ('dataset', 'sample', 'n_train', 'valid_pct', 'size')])
         if key not in last:
             last.clear()
             last[key] = run_data(metrics)

@@ -325,9 +325,27 @@ def test_folder_is_reproducible_and_its_dls_train(tmp_path):
     one, two = folder_arrays(tmp_path/'f'), folder_arrays(tmp_path/'f')
     assert one.checksums == two.checksums and one.checksums != folder_arrays(tmp_path/'f', seed=1).checksums
     dls = get_dls(RunSpec(dataset=f"folder:{tmp_path/'f'}", batch_size=8), device='cpu')
-    assert (dls.vocab, dls.n_in, dls.size, dls.source, len(dls.test.dataset)) == (['a', 'b', 'c'], 3, 32, 'folder', 12)
+    assert (dls.vocab, dls.n_in, dls.size, dls.source, len(dls.test.dataset)) == (['a', 'b', 'c'], 3, 28, 'folder', 12)
     x = (dls.train.dataset.x.double()/255)
     assert np.allclose(dls.stats[0], x.mean((0, 2, 3))) and np.allclose(dls.stats[1], x.std((0, 2, 3), correction=0).clamp(1/255), atol=1e-9)
+
+def test_size_of_a_folder_is_chosen_from_its_images(tmp_path):
+    "The median shorter side, a multiple of 4 from 28 to 64; what is given counts."
+    for sides, want in (((16,), 28), ((30,), 28), ((45, 46, 300), 44), ((64,), 64), ((600, 1000), 64)):
+        root = tmp_path/str(sides)
+        for c in 'ab':
+            (root/c).mkdir(parents=True)
+            for i in range(3): Image.new('L', (side := sides[i % len(sides)], side + 70)).save(root/c/f'{i}.png')
+        assert folder_arrays(root).x_train.shape[1:3] == (want, want) and folder_arrays(root, size=20).x_train.shape[1:3] == (20, 20)
+    assert get_dls(RunSpec(dataset=f'folder:{root}', size=40), device='cpu').size == get_dls(f'folder:{root}', size=40, device='cpu').size == 40
+    old = {k: v for k, v in RunSpec(dataset=f'folder:{root}', batch_size=2).to_dict().items() if k != 'size'}
+    assert get_dls(RunSpec.from_dict(old), device='cpu').size == 32  # as it was before `size`
+
+def test_batch_of_a_folder_fits_its_images(tmp_path):
+    for n, left, want in ((3, 2, 2), (10, 14, 4), (60, 86, 16)):
+        dls = get_dls(f"folder:{make_folder(tmp_path/str(n), n=n)}", device='cpu')
+        assert len(dls.train.dataset) == left and dls.train.bs == want and len(dls.train) >= 1
+    with pytest.raises(BadInput, match='only 86 training images; make it 86 or less'): get_dls(f"folder:{tmp_path/'60'}", batch_size=87)
 
 def broken(tmp_path, how):
     root = make_folder(tmp_path/'f')
