@@ -13,7 +13,7 @@ __all__ = ['DRAWS', 'KEPT_MARGIN', 'run_setting', 'Study', 'read_study', 'bits_n
 import base64, functools, html, io, json, math, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
-from .core import BadInput, asset, complete_fields, read_json, write_atomic
+from .core import BadInput, as_bits, asset, complete_fields, read_json, write_atomic
 from .run import _curves_of, _sha, load_runs, read_correct
 
 
@@ -132,7 +132,10 @@ def _test_sets(table)->list:
     return [f'The runs of {dataset_name(d)} were tested on {n} different sets of images; only runs with the same images are averaged or compared.' for d, n in found.items() if n > 1]
 
 # %% ../nbs/12_report.ipynb #8fe7e8f6
-def bits_name(b): return 'fp32' if b == '32' else b if b.startswith('w') else f'{b}-bit'
+def bits_name(b)->str:
+    "How a bit policy is written; a number will do."
+    b = as_bits(b)
+    return 'fp32' if b == '32' else b if b.startswith('w') else f'{b}-bit'
 
 def dataset_name(d):
     "How a dataset is written."
