@@ -701,7 +701,7 @@ def fill_notebook(
     from traitlets.config import Config
     logging.getLogger('papermill').setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix='qisal-') as tmp, open(f'{tmp}/log.txt', 'w', encoding='utf-8') as log, _environment(dict(MPLBACKEND=None, PYTHONUTF8='1')):
-        papermill.execute_notebook(_as_is(template), _as_is(f'{tmp}/filled.ipynb'), parameters, cwd=_as_is(cwd), kernel_name='python3', language='python', progress_bar=progress,
+        papermill.execute_notebook(_as_is(template), _as_is(f'{tmp}/filled.ipynb'), parameters, cwd=str(cwd), kernel_name='python3', language='python', progress_bar=progress,
             kernel_manager_class=_kernel_manager(log.fileno(), log), shutdown_kernel='immediate',
             config=Config({'KernelManager': {'transport': 'ipc', 'ip': f'{tmp}/ipc', 'connection_file': f'{tmp}/kernel.json'}}))
         nb = json.loads(Path(tmp, 'filled.ipynb').read_text(encoding='utf-8'))
