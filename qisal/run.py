@@ -627,7 +627,8 @@ def write_manifest(
     return m
 
 def _data_name(spec):
-    return spec.dataset + (' (sample)' if spec.sample else f' ({spec.size} x {spec.size})' if spec.size else '')
+    how = ['sample'*spec.sample, f'{spec.size} x {spec.size}' if spec.size else '', f'on {spec.background}' if spec.background != 'white' else '']
+    return f"{spec.dataset} ({', '.join(filter(None, how))})" if any(how) else spec.dataset
 
 def available_cores()->int:
     "The cores that this process may use."
@@ -743,7 +744,7 @@ def _data_once():
     from qisal.worth import run_data
     last = {}
     def get(metrics):
-        key = _sha([metrics['spec'].get(o) for o in ('dataset', 'sample', 'n_train', 'valid_pct', 'size')])
+        key = _sha([metrics['spec'].get(o) for o in ('dataset', 'sample', 'n_train', 'valid_pct', 'size', 'background')])
         if key not in last:
             last.clear()
             last[key] = run_data(metrics)
