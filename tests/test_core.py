@@ -1,9 +1,10 @@
 "Specs: numbers for names, fields that are younger than a stored run, batches that fit."
-import io, json
+import io, json, os
 
 import numpy as np, pandas as pd, pytest
+from PIL import Image
 
-from qisal.core import BITS, BadInput, RunSpec, as_bits, complete_fields, fitting_batch
+from qisal.core import BITS, BadInput, RunSpec, as_bits, complete_fields, fitting_batch, lay_over
 
 FOUR = (4, 4., '4', '4.0', ' 4', np.int64(4), np.uint8(4), np.float32(4))
 
@@ -63,7 +64,49 @@ def test_sizes():
     assert RunSpec(dataset='folder:photos').size is None and RunSpec(dataset='folder:photos', size=96.).size == 96
     for bad in (7, 1025, 9.5, '64', True):
         with pytest.raises(BadInput, match='size is'): RunSpec(dataset='folder:photos', size=bad)
-    with pytest.raises(BadInput, match='size is for folder:PATH only; the images of cifar10'): RunSpec(dataset='cifar10', size=32)
+    with pytest.raises(BadInput, match='size is for folder:PATH only, not for cifar10'): RunSpec(dataset='cifar10', size=32)
+
+def test_background_is_for_folders():
+    assert RunSpec(dataset='folder:a').fingerprint != RunSpec(dataset='folder:a', background='black').fingerprint
+    with pytest.raises(BadInput, match="background 'grey' is unknown; allowed: white, black"): RunSpec(dataset='folder:a', background='grey')
+    with pytest.raises(BadInput, match='background is for folder:PATH only'): RunSpec(background='black')
+
+def test_names_are_utf8():
+    with pytest.raises(BadInput, match=r"dataset 'folder:f\\udcfcr' is not UTF-8"): RunSpec(dataset=os.fsdecode(b'folder:f\xfcr'))
+    assert RunSpec(dataset='folder:für').fingerprint == RunSpec.from_dict(json.loads(RunSpec(dataset='folder:für').to_json())).fingerprint
+
+# ---------------------------------------------------------------- transparent images
+SEEN = np.uint8([[255, 127, 0]])  # nothing, half black ink, black ink, over white
+
+def transparent(mode):
+    "The same three pixels in each way in which a file can say that some of them are transparent; True or False for half-transparent ones."
+    alpha = np.uint8([[0, 128, 255]])
+    rgba = Image.fromarray(np.dstack([np.zeros((1, 3, 3), np.uint8), alpha]))
+    if mode in ('RGBA', 'LA'): return rgba.convert(mode), SEEN
+    if mode == 'P':  # a palette with an alpha for each entry, as PNG's tRNS has it
+        img = Image.fromarray(np.uint8([[0, 1, 2]])).convert('P')
+        img.putpalette([0]*9)
+        img.info['transparency'] = bytes([0, 128, 255])
+        return img, SEEN
+    img = Image.fromarray(np.uint8([[7, 40, 0]])).convert({'1 grey': 'L', '1 colour': 'RGB'}[mode])  # one value stands for transparent
+    img.info['transparency'] = 7 if mode == '1 grey' else (7, 7, 7)
+    return img, np.uint8([[255, 40, 0]])
+
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P', '1 grey', '1 colour'])
+def test_transparent_images_are_laid_over(mode, tmp_path):
+    img, want = transparent(mode)
+    got, seen = lay_over(img)
+    assert seen and got.mode == ('L' if mode in ('LA', '1 grey') else 'RGB') and np.array_equal(np.asarray(got.convert('L')), want)
+    assert np.array_equal(np.asarray(lay_over(img, 'black')[0].convert('L')), np.where(want == 255, 0, np.where(want == 127, 0, want)))
+    img.save(tmp_path/'a.png')
+    with Image.open(tmp_path/'a.png') as again: assert np.array_equal(np.asarray(lay_over(again)[0].convert('L')), want)
+
+def test_opaque_images_stay_as_they_are():
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    for mode in ('1', 'L', 'P', 'RGB', 'CMYK'): assert lay_over(img := grey.convert(mode)) == (img, False)
+    for mode in ('LA', 'RGBA'):
+        got, seen = lay_over(grey.convert(mode))
+        assert not seen and np.array_equal(np.asarray(got.convert('L')), np.asarray(grey)) and got.mode == ('L' if mode == 'LA' else 'RGB')
 
 # ---------------------------------------------------------------- batches that fit
 def test_default_batches_make_four_steps():
