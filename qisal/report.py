@@ -26,7 +26,8 @@ def run_setting(
 )->dict: # What makes a run what it is, without the seed
     "The fields of a spec that had an effect, without the seed."
     out = {'seed', *drop, *(() if spec['guided'] else _GUIDANCE), *(_QUANT if spec['bits'] == '32' else ())}
-    return {k: v for k, v in complete_fields(spec).items() if k not in out and not (k == 'size' and v is None)}
+    if not spec['dataset'].startswith('folder:'): out |= {'size', 'background'}
+    return {k: v for k, v in complete_fields(spec).items() if k not in out}
 
 def _key(d)->str: return json.dumps(d, sort_keys=True)
 

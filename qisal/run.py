@@ -40,7 +40,7 @@ def _several(
     values, # One value, or several
 )->tuple:
     "A lone name or number is one value: the text '32' is not the values '3' and '2'."
-    return (values,) if isinstance(values, (str, numbers.Real)) or type(values).__name__ == 'bool_' else tuple(values)
+    return (values,) if isinstance(values, (str, numbers.Real)) or type(values).__name__ in ('bool', 'bool_') else tuple(values)
 
 def _fields(
     profile:str, # Name of the profile
@@ -652,7 +652,8 @@ def write_manifest(
     return m
 
 def _data_name(spec):
-    return spec.dataset + (' (sample)' if spec.sample else f' ({spec.size} x {spec.size})' if spec.size else '')
+    how = ['sample'*spec.sample, f'{spec.size} x {spec.size}' if spec.size else '', f'on {spec.background}' if spec.background != 'white' else '']
+    return f"{spec.dataset} ({', '.join(filter(None, how))})" if any(how) else spec.dataset
 
 def available_cores()->int:
     "The cores that this process may use."
@@ -772,7 +773,7 @@ def _data_once():
     from qisal.worth import run_data
     last = {}
     def get(metrics):
-        key = _sha([metrics['spec'].get(o) for o in ('dataset', 'sample', 'n_train', 'valid_pct', 'size')])
+        key = _sha([metrics['spec'].get(o) for o in ('dataset', 'sample', 'n_train', 'valid_pct', 'size', 'background')])
         if key not in last:
             last.clear()
             last[key] = run_data(metrics)
