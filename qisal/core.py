@@ -36,11 +36,16 @@ def check_in(
 # %% ../nbs/00_core.ipynb #6ac1e4f9
 def check_text(
     name:str, # What the value is called, for the message
-    value:str, # A name from the file system or the command line
-)->str: # `value`
-    "Return `value` if it can be written as UTF-8, as all results are; else raise `BadInput`."
-    try: value.encode()
-    except UnicodeEncodeError: raise BadInput(f"{name} {value!a} is not UTF-8 (its strange bytes stand as \\udc..); rename it.") from None
+    value, # A name or path from the file system or the command line
+): # `value`
+    "Return `value` if it can be written as UTF-8, as all results are; else raise `BadInput`: a name that is no UTF-8, or that this locale can't read."
+    try: str(value).encode()
+    except UnicodeEncodeError:
+        try: raw = os.fsencode(value)
+        except UnicodeEncodeError: raise BadInput(f"{name} {str(value)!a} is no text; rename it.") from None
+        try: way = f"'{raw.decode()}' can't be read under this locale; set PYTHONUTF8=1, then run the same command again."
+        except UnicodeDecodeError: way = f"'{raw.decode(errors='backslashreplace')}' is not UTF-8; rename it."
+        raise BadInput(f'{name} {way}') from None
     return value
 
 

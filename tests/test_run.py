@@ -572,7 +572,7 @@ def test_a_notebook_that_is_filled_in_a_folder_with_braces(tmp_path):
 
 def test_names_that_are_no_utf8_are_refused_before_anything(tmp_path, template):
     odd = os.fsdecode(os.fsencode(tmp_path) + b'/Stra\xdfe')
-    with pytest.raises(BadInput, match=r'output folder .*Stra\\xdfe.* is no UTF-8 text; rename it'): R.run_one(SPEC, odd, template)
+    with pytest.raises(BadInput, match=r'output folder .*Stra\\xdfe.* is not UTF-8; rename it'): R.run_one(SPEC, odd, template)
     assert not os.path.exists(odd)
     photos = tmp_path/'photos'
     from PIL import Image
@@ -583,7 +583,7 @@ def test_names_that_are_no_utf8_are_refused_before_anything(tmp_path, template):
     with pytest.raises(BadInput, match=r'Stra\\xdfe'): R.run_study([RunSpec(dataset=f'folder:{photos}', epochs=1)], tmp_path/'o', 1, template=template)
     with pytest.raises(BadInput, match=r'Stra\\xdfe'): R.run_study([RunSpec(dataset=f'folder:{os.fsdecode(os.fsencode(photos) + b"/Stra" + bytes([0xdf]) + b"e")}', epochs=1)], tmp_path/'o', 1, template=template)
     assert not list((tmp_path/'o').rglob('spec.json'))
-    assert R.check_name('x', 'für 数字 $$ {seed}') == 'für 数字 $$ {seed}'
+    assert R.check_text('x', 'für 数字 $$ {seed}') == 'für 数字 $$ {seed}'
 
 def test_a_lone_value_is_one_value():
     import numpy as np
@@ -615,8 +615,8 @@ print(list(df.status), ascii(R.load_runs({str(tmp_path/"o")!r})[0]['metrics']['p
 
 def test_a_name_that_the_locale_cant_read_is_told_from_one_that_is_no_text(tmp_path):
     r = in_c_locale(f'''import os
-from qisal.run import check_name
-try: check_name('the output folder', os.fsdecode({os.fsencode("für")!r}))
+from qisal.core import check_text
+try: check_text('the output folder', os.fsdecode({os.fsencode("für")!r}))
 except Exception as e: print(type(e).__name__, ascii(str(e)))''')
     assert r.stdout.startswith("BadInput ") and "can't be read under this locale; set PYTHONUTF8=1" in r.stdout, r.stderr[-800:]
 
