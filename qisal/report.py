@@ -7,8 +7,8 @@ __all__ = ['DRAWS', 'KEPT_MARGIN', 'run_setting', 'Study', 'read_study', 'bits_n
            'attribution_name', 'fill_name', 'run_name', 'accuracy_table', 'run_command', 'resampled_area',
            'masking_table', 'newcombe_interval', 'paired_newcombe_interval', 'setting_difference', 'differences',
            'shipping_table', 'cost_rows', 'verdicts', 'after_table', 'training_gain', 'plot_accuracy', 'plot_masking',
-           'plot_after', 'to_svg', 'read_maps', 'saliency_grid', 'report_html', 'save_figures', 'make_report',
-           'study_notebook']
+           'plot_after', 'to_svg', 'read_maps', 'saliency_grid', 'layer_names', 'report_html', 'save_figures',
+           'make_report', 'study_notebook']
 
 # %% ../nbs/12_report.ipynb #5b109fe2
 import base64, contextlib, functools, html, io, json, math, os, re, warnings
@@ -707,7 +707,8 @@ def plot_masking(
         for i, row in enumerate(rows):
             for ax, (title, c) in zip(axs[i*cols:], row):
                 _masking_panel(ax, c, title)
-                if drawn and ax is not axs[i*cols]: ax.set_ylabel('')
+                if ax is not axs[i*cols]: ax.set_ylabel('')
+                if i + 1 < len(rows) and len(rows[i + 1]) > ax.get_subplotspec().colspan.start: ax.set_xlabel('')
                 drawn.append(ax)
             for ax in axs[i*cols + len(row):(i + 1)*cols]: ax.set_visible(False)
         return _legend(fig, drawn)
@@ -881,26 +882,36 @@ def _verdict_tables(v)->list:
 
 
 # %% ../nbs/12_report.ipynb #fc4474cf
-def _alpha_table(study, dataset)->dict|None:
-    "Clipping levels: a row a setting, a column a layer; means over the seeds."
+def layer_names(
+    layers, # Names of quantized activations in a network's order, such as '3.relu1' or '14.input_quant'
+)->dict: # Name -> words: 'ReLU 1', 'ReLU 2', ...; 'input of 14' where an input is quantized
+    "Readable names of activation layers: counted in the network's order."
+    relus = iter(range(1, len(layers) + 1))
+    return {o: f"input of {o.removesuffix('.input_quant')}" if o.endswith('.input_quant') else f'ReLU {next(relus)}' for o in layers}
+
+def _alpha_tables(study, dataset)->list:
+    "Clipping levels, a table a network: a row a setting, a column a layer; means over the seeds."
     import pandas as pd
     done = {o['run_id']: o['metrics'] for o in study.having('done')}
     t = study.table[study.table.dataset == dataset]
-    rec = [dict(label=r.label, group=r.group, **a) for r in t.itertuples() for a in done[r.run_id].get('alphas') or []]
-    if not rec: return None
-    df = pd.DataFrame(rec)
-    layers, rows = list(dict.fromkeys(df.layer)), []
+    rec = [dict(arch=r.arch, label=r.label, group=r.group, **a) for r in t.itertuples() for a in done[r.run_id].get('alphas') or []]
+    several = len({o['arch'] for o in rec}) > 1
+    return [_alpha_table(df, f"{dataset_name(dataset)}{f', {arch_name(arch)}' if several else ''}") for arch, df in (pd.DataFrame(rec).groupby('arch', sort=False) if rec else ())]
+
+def _alpha_table(df, title)->dict:
+    names, rows = layer_names(list(dict.fromkeys(df.layer))), []
     for _, g in df.groupby('group', sort=False):
-        per = {k: v for k, v in g.groupby('layer')}
+        per = dict(list(g.groupby('layer')))
         def cell(o):
             if o not in per: return _num(None)
-            a, clipped, touched = per[o].alpha.mean(), per[o].clipped.mean(), per[o].touched.astype(bool).any()
+            a, clipped, touched = _mean(per[o].alpha), _mean(per[o].clipped.astype(float)), per[o].touched.astype(bool).any()
             return _cell(f"{a:{'.2f' if a >= .1 else '.2g'}}{'†' if touched else ''} ({'–' if math.isnan(clipped) else f'{100*clipped:.1f} %'})", 'n')
-        rows.append([_cell(g.label.iloc[0], 'h'), *[cell(o) for o in layers]])
+        rows.append([_cell(g.label.iloc[0], 'h'), *[cell(o) for o in names]])
     bound = df[df.touched.astype(bool)]
     note = 'In brackets: the share of the activations that alpha clips. '
-    note += f"† An alpha touched its lower bound during training ({'; '.join(sorted({f'{r.label}, layer {r.layer}' for r in bound.itertuples()}))}): it was held there, and the numbers of that setting deserve distrust." if len(bound) else 'No alpha touched its lower bound.'
-    return _table(f'{dataset_name(dataset)}: the clipping level alpha of each activation layer', ['setting', *[f'>layer {o}' for o in layers]], rows, note)
+    note += f"† An alpha touched its lower bound during training ({'; '.join(sorted({f'{r.label}, {names[r.layer]}' for r in bound.itertuples()}))}): it was held there, and the numbers of that setting deserve distrust." if len(bound) else 'No alpha touched its lower bound.'
+    note += f" Layers are counted in the network’s order; their names in the code: {', '.join(f'{v} is {k}' for k, v in names.items())}."
+    return _table(f'{title}: the clipping level alpha of each activation layer', ['setting', *[f'>{o}' for o in names.values()]], rows, note)
 
 def _cost_table(study)->dict|None:
     c = cost_rows(study)
@@ -952,10 +963,10 @@ def _after_tables(study)->list:
 def _unmeasured(study)->list:
     "Sentences about runs that were not measured as files."
     done = study.having('done')
-    failed = [f"{o['run_id']} could not be measured: {o['shipped']['error']['message']}" for o in done if o['shipped'] and 'error' in o['shipped']]
-    none = [o['run_id'] for o in done if not o['shipped']]
+    failed = [f"{run_name(o['spec'])}: could not be measured: {o['shipped']['error']['message']}" for o in done if o['shipped'] and 'error' in o['shipped']]
+    none = [run_name(o['spec']) for o in done if not o['shipped']]
     if len(none) == len(done): return [f'The networks of this study were not measured as files. Where their model folders are there (they are not kept in git), qisal report {_place(study)} --measure does it.']
-    return [*failed, *([f"Not measured yet, or without a model folder: {', '.join(none)}."] if none else [])]
+    return [*failed, *([f"Not measured yet, or without a model folder: {'; '.join(none)}."] if none else [])]
 
 def _ships_part(study)->dict: return dict(tables=_ship_tables(study), notes=_unmeasured(study))
 
@@ -964,7 +975,7 @@ def _after_part(study)->dict|None:
     if not groups: return None
     say = lambda g: '; '.join(f'{r.bits} bits: ' + ', '.join(f'{label} {100*v:.1f} %' for name, label, *_ in _SERIES if not math.isnan(v := getattr(r, name))) for r in g.itertuples())
     parts = [(f'Accuracy of files on {title}: float {100*g.float.iloc[0]:.1f} %; {say(g)}', g, title) for title, g in groups]
-    return dict(figure=_svg_figure('after', 'Quantized after training', parts, 'Accuracy of the exported files against bits. Bars: 95 % intervals. Mind the vertical axes: they do not start at zero.', False, _after_panel, 'after'),
+    return dict(figure=_svg_figure('after', 'Quantized after training', parts, 'Accuracy of the exported files against bits. Bars: 95 % intervals. Mind the vertical axes: they do not start at zero.', _after_legend(after_table(study)), _after_panel),
                 tables=_after_tables(study), gain=training_gain(study))
 
 # %% ../nbs/12_report.ipynb #35edd2cb
@@ -987,9 +998,15 @@ def _time_table(study)->dict|None:
 def _failure_table(study)->dict|None:
     "Runs that ended with an error."
     failed = study.having('failed')
-    rows = [[_cell(o['run_id'], 'h'), _cell(o['error'].get('type', 'unknown')), _cell(o['error'].get('message', ''), 'wrap'), _cell(o['error'].get('epoch') or '–', 'n'), _cell('–' if (c := o['error'].get('cell')) is None else c, 'n'),
+    rows = [[_cell(run_name(o['spec']), 'h'), _cell(o['error'].get('type', 'unknown')), _cell(o['error'].get('message', ''), 'wrap'), _cell(o['error'].get('epoch') or '–', 'n'), _cell('–' if (c := o['error'].get('cell')) is None else c, 'n'),
              _cell(run_command(study, [o['run_id']]), 'code')] for o in failed]
     return _table('Failed runs', ['run', 'error', 'message', '>epoch', '>cell', 'command that tries again'], rows) if rows else None
+
+def _undrawn_table(study)->dict|None:
+    "Figures of runs that could not be drawn."
+    rows = [[_cell(run_name(o['spec']), 'h'), _cell(k), _cell(v, 'wrap')] for o in study.having('done') for k, v in (o['metrics'].get('failed_figures') or {}).items()]
+    return _table('Figures of runs that could not be drawn', ['run', 'figure', 'why'], rows, 'The numbers of these runs do not depend on them.') if rows else None
+
 
 # %% ../nbs/12_report.ipynb #ecf81103
 def _made_with(study)->list: # (name, value)
@@ -1013,13 +1030,13 @@ def _data_table(study)->dict|None:
         s = o['spec']
         name = dataset_name(s['dataset']) + (', embedded sample' if s['sample'] else '') + (f", {s['n_train']:,} training images" if s['n_train'] else '')
         for array, sha in (o['metrics'].get('data') or {}).items(): seen[name, str(array), str(sha)] = None
-    return _table('SHA-256 of the pixel and label arrays', ['data', 'array', 'SHA-256'], [[_cell(d, 'h'), _cell(a), _cell(s, 'code one')] for d, a, s in seen]) if seen else None
+    return _table('SHA-256 of the pixel and label arrays', ['data', 'array', 'SHA-256'], [[_cell(d, 'h'), _cell(a), _cell(s, 'code')] for d, a, s in seen]) if seen else None
 
 # %% ../nbs/12_report.ipynb #7acb3f63
 _CSS = """
-:root{--paper:#fdfdfb;--ink:#1d1f21;--soft:#5d6268;--faint:#80868c;--line:#dedfda;--tint:#f3f3ee;--plain:#0173b2;--guided:#c56a00;--later:#01805c;--bad:#a4262c;
+:root{--paper:#fdfdfb;--ink:#1d1f21;--soft:#5d6268;--faint:#80868c;--line:#dedfda;--tint:#f3f3ee;--plain:#0173b2;--guided:#c56a00;--later:#01805c;--bad:#a4262c;--shade:rgba(29,31,33,.26);
 --sans:ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;--serif:Charter,"Bitstream Charter","Iowan Old Style","Palatino Linotype",Georgia,serif;--mono:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;color-scheme:light dark}
-@media (prefers-color-scheme:dark){:root{--paper:#15171a;--ink:#e4e4e0;--soft:#a6abb0;--faint:#8b9197;--line:#33373c;--tint:#1d2024;--plain:#5db4ec;--guided:#f0a04b;--later:#4fc9a0;--bad:#f1858a}}
+@media (prefers-color-scheme:dark){:root{--paper:#15171a;--ink:#e4e4e0;--soft:#a6abb0;--faint:#8b9197;--line:#33373c;--tint:#1d2024;--plain:#5db4ec;--guided:#f0a04b;--later:#4fc9a0;--bad:#f1858a;--shade:rgba(228,228,224,.34)}}
 *{box-sizing:border-box}
 html{scroll-behavior:smooth;-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);font:1.0625rem/1.6 var(--serif)}
@@ -1040,18 +1057,18 @@ a:focus-visible,summary:focus-visible,.box:focus-visible{outline:2px solid var(-
 .facts div{display:flex;flex-direction:column}.facts dt{color:var(--soft);font-size:.78rem}.facts dd{margin:0;font-variant-numeric:tabular-nums}
 nav{font-size:.88rem;margin:1.5rem 0 0}nav ol{list-style:none;margin:.4rem 0 0;padding:0;columns:2;column-gap:2rem}nav li{padding:.16rem 0}nav a{text-decoration:none;color:var(--soft)}nav a:hover{color:var(--ink)}nav p{margin:0;color:var(--soft);font-size:.78rem}
 .note,figcaption{font-size:.86rem;line-height:1.5;color:var(--soft)}
-.box{overflow-x:auto;margin:1.2rem 0 .4rem;-webkit-overflow-scrolling:touch}
+.box{overflow-x:auto;margin:1.2rem 0 .4rem;-webkit-overflow-scrolling:touch;background:linear-gradient(to right,var(--paper) 40%,transparent) left/2.4rem 100% no-repeat local,linear-gradient(to left,var(--paper) 40%,transparent) right/2.4rem 100% no-repeat local,linear-gradient(to right,var(--shade),transparent) left/1.1rem 100% no-repeat scroll,linear-gradient(to left,var(--shade),transparent) right/1.1rem 100% no-repeat scroll}
 table{border-collapse:collapse;font-size:.86rem;line-height:1.4;min-width:100%}
 caption{text-align:left;font-weight:600;padding:0 0 .5rem;font-size:.9rem}
 caption span{position:sticky;left:0;display:inline-block;max-width:min(44rem,calc(100vw - 2.5rem))}
 thead th{font-weight:500;color:var(--soft);text-align:left;vertical-align:bottom;border-bottom:1px solid var(--ink);border-top:1px solid var(--ink)}
-th,td{padding:.36rem .9rem .36rem 0;vertical-align:top}
+th,td{padding:.36rem .9rem .36rem 0;vertical-align:top}td{white-space:nowrap}
 th:last-child,td:last-child{padding-right:0}
 tbody tr{border-bottom:1px solid var(--line)}tbody tr:last-child{border-bottom:1px solid var(--ink)}
 tbody th{font-weight:500;text-align:left;white-space:nowrap}
 .n{text-align:right!important;font-variant-numeric:tabular-nums;white-space:nowrap}
-.wrap{min-width:16rem;overflow-wrap:anywhere}
-.code{font:.76rem/1.45 var(--mono);color:var(--soft);min-width:18rem;overflow-wrap:anywhere}.one{white-space:nowrap}
+.wrap{min-width:26rem;overflow-wrap:anywhere;white-space:normal}
+.code{font:.76rem/1.45 var(--mono);color:var(--soft)}
 code{font-family:var(--mono);font-size:.86em;overflow-wrap:anywhere}
 """
 
@@ -1080,7 +1097,7 @@ footer{margin-top:4rem;padding-top:1rem;border-top:1px solid var(--line);font-si
 @media (min-width:70rem){.page{grid-template-columns:minmax(0,1fr) 13rem}header,main,footer{grid-column:1}nav{grid-column:2;grid-row:1/span 3;margin:0}nav>div{position:sticky;top:2.5rem}nav ol{columns:1}}
 @media (max-width:32rem){body{font-size:1rem}.page{padding:1.5rem 1rem 3rem}h2{margin-top:2.6rem}.maps img{width:3.4rem;height:3.4rem}.maps small{max-width:3.4rem}.maps thead th{width:3.8rem}.facts{gap:.5rem 1.5rem}}
 @media (prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
-@media print{:root{--paper:#fff;--ink:#000;--soft:#333;--faint:#777;--line:#ccc;--tint:#fff;--plain:#0173b2;--guided:#b35f00;--later:#016a4c}body{font-size:10pt}.page{display:block;padding:0;max-width:none}nav,.down{display:none}.box{overflow:visible}table{font-size:7.5pt}.code{min-width:0}h2,h3,caption{break-after:avoid}figure,tr,.verdicts>li{break-inside:avoid}details>*{display:block}}
+@media print{:root{--paper:#fff;--ink:#000;--soft:#333;--faint:#777;--line:#ccc;--tint:#fff;--plain:#0173b2;--guided:#b35f00;--later:#016a4c}body{font-size:10pt}.page{display:block;padding:0;max-width:none}nav,.down{display:none}.box{overflow:visible;background:none}td{white-space:normal}table{font-size:7.5pt}.code{overflow-wrap:anywhere}h2,h3,caption{break-after:avoid}figure,tr,.verdicts>li{break-inside:avoid}details>*{display:block}}
 """
 
 # %% ../nbs/12_report.ipynb #8f944055
@@ -1092,23 +1109,36 @@ _MACROS = """
 <tbody>{% for r in t.rows %}<tr>{% for c in r %}{{ cell(c, 'th' if c.cls == 'h' else 'td') }}{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% if t.note %}<p class="note">{{ t.note }}</p>{% endif %}{% endif %}{% endmacro %}
-{% macro legend(random) %}<ul class="legend" aria-label="Key to the lines">
-<li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M0 6H38" stroke="var(--plain)" stroke-width="2"/><circle cx="19" cy="6" r="4" fill="var(--plain)"/></svg>without guidance</li>
-<li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M0 6H38" stroke="var(--guided)" stroke-width="2" stroke-dasharray="7 4"/><rect x="15" y="2" width="8" height="8" fill="var(--paper)" stroke="var(--guided)" stroke-width="2"/></svg>with guidance</li>
-{% if random %}<li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M0 6H38" stroke="var(--faint)" stroke-width="1.5"/><circle cx="19" cy="6" r="2.5" fill="var(--faint)"/></svg>random order, without</li>
-<li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M0 6H38" stroke="var(--faint)" stroke-width="1.5" stroke-dasharray="7 4"/><rect x="16.5" y="3.5" width="5" height="5" fill="var(--paper)" stroke="var(--faint)" stroke-width="1.5"/></svg>random order, with</li>{% endif %}</ul>{% endmacro %}
-{% macro legend_after() %}<ul class="legend" aria-label="Key to the points">
-<li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M0 6H38" stroke="var(--plain)" stroke-width="2"/><circle cx="19" cy="6" r="4" fill="var(--plain)"/></svg>trained with quantization</li>
-<li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M0 6H38" stroke="var(--later)" stroke-width="2" stroke-dasharray="7 4"/><rect x="15" y="2" width="8" height="8" fill="var(--paper)" stroke="var(--later)" stroke-width="2"/></svg>quantized after training, calibrated</li>
-<li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M19 1L24 6L19 11L14 6Z" fill="var(--paper)" stroke="currentColor" stroke-width="1.5"/></svg>quantized after training, onnxruntime</li>
-<li><svg viewBox="0 0 38 12" aria-hidden="true"><path d="M0 6H38" stroke="var(--faint)" stroke-width="1.5" stroke-dasharray="2 3"/></svg>float</li></ul>{% endmacro %}
-{% macro figure(f) %}<figure>{% if f.key == 'after' %}{{ legend_after() }}{% else %}{{ legend(f.random) }}{% endif %}<div class="panels{{ ' one' if f.svgs|length == 1 else ' two' if f.svgs|length in (2, 4) }}">{% for s in f.svgs %}{{ s|safe }}{% endfor %}</div><figcaption>{{ f.caption }}</figcaption></figure>{% endmacro %}
+{% macro figure(f) %}<figure>{% if f.svgs %}<ul class="legend" aria-label="Key to the figure">{% for mark, words in f.legend %}<li><svg viewBox="0 0 38 12" aria-hidden="true">{{ mark|safe }}</svg>{{ words }}</li>{% endfor %}</ul>{% endif %}<div class="panels{{ ' one' if f.svgs|length == 1 else ' two' if f.svgs|length in (2, 4) }}">{% for s in f.svgs %}{{ s|safe }}{% endfor %}</div><figcaption>{{ f.caption }}{% for n in f.notes %} {{ n }}{% endfor %}</figcaption></figure>{% endmacro %}
 {% macro grid(g) %}<h3>{{ g.name }}</h3>{% if g.rows %}<div class="box" role="region" tabindex="0" aria-label="Saliency maps, {{ g.name }}"><table class="maps">
 <thead><tr><td></td><th scope="col">image</th>{% for c in g.columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead>
 <tbody>{% for r in g.rows %}<tr><th scope="row">{{ r.true }}</th><td><img src="{{ r.src }}" alt="Test image of class {{ r.true }}" width="70" height="70"><small></small></td>
 {% for c in r.cells %}<td><img src="{{ c.src }}" alt="Saliency map of {{ c.label }} for the image of class {{ r.true }}; predicted {{ c.pred }}" width="70" height="70"><small>{{ '→ ' ~ c.pred if c.wrong }}</small></td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endif %}{% for n in g.notes %}<p class="note">{{ n }}</p>{% endfor %}{% endmacro %}
 """
+
+# %% ../nbs/12_report.ipynb #c0a1b260
+_LINE_MARK = '<path d="M0 6H38" stroke="var(--{0})" stroke-width="{1}"{2}/>'
+_DISC, _SQUARE = '<circle cx="19" cy="6" r="{1}" fill="var(--{0})"/>', '<rect x="{1}" y="{2}" width="{3}" height="{3}" fill="var(--paper)" stroke="var(--{0})" stroke-width="{4}"/>'
+_DASHES = ' stroke-dasharray="7 4"'
+_MARKS = dict(
+    plain=_LINE_MARK.format('plain', 2, '') + _DISC.format('plain', 4), guided=_LINE_MARK.format('guided', 2, _DASHES) + _SQUARE.format('guided', 15, 2, 8, 2),
+    random=_LINE_MARK.format('faint', 1.5, '') + _DISC.format('faint', 2.5), random_guided=_LINE_MARK.format('faint', 1.5, _DASHES) + _SQUARE.format('faint', 16.5, 3.5, 5, 1.5),
+    trained=_LINE_MARK.format('plain', 2, '') + _DISC.format('plain', 4), after=_LINE_MARK.format('later', 2, _DASHES) + _SQUARE.format('later', 15, 2, 8, 2),
+    theirs='<path d="M19 1L24 6L19 11L14 6Z" fill="var(--paper)" stroke="currentColor" stroke-width="1.5"/>', float=_LINE_MARK.format('faint', 1.5, ' stroke-dasharray="2 3"'))
+
+def _guidance_legend(g)->list: # (mark, words)
+    "Settings with and without guidance, those that are there."
+    return [(_MARKS[k], words) for k, words, on in (('plain', 'without guidance', False), ('guided', 'with guidance', True)) if (g.guided == on).any()]
+
+def _masking_legend(c)->list:
+    "The curves that are there: each attribution and the random order, with and without guidance."
+    words = lambda a, on: f"{attribution_name(a)}, {'with' if on else 'without'} guidance"
+    keys = [(a, on) for a in sorted(c.attribution.unique(), key=lambda a: (a == 'random', a)) for on in (False, True) if ((c.attribution == a) & (c.guided == on)).any()]
+    return [(_MARKS[('random_guided' if on else 'random') if a == 'random' else 'guided' if on else 'plain'], words(a, on)) for a, on in keys]
+
+def _after_legend(a)->list:
+    return [*[(_MARKS[k], words) for k, words, *_ in _SERIES if a[k].notna().any()], (_MARKS['float'], 'float')]
 
 # %% ../nbs/12_report.ipynb #02a4b50a
 _PAGE = """<!DOCTYPE html>
@@ -1125,7 +1155,7 @@ _PAGE = """<!DOCTYPE html>
 {% if v.tables %}<details><summary>The comparisons</summary>{% for t in v.tables %}{{ table(t) }}{% endfor %}</details>{% endif %}</li>{% endfor %}</ol>
 <p class="note">“Kept”: the whole 95 % interval lies above a loss of one point. “Lower”, “higher”: it lies on that side of zero. Everything else is open. Several comparisons stand side by side without correction; of twenty, one may miss by chance.</p>{% for n in notes %}<p class="note">{{ n }}</p>{% endfor %}</section>{% endif %}
 {% if accuracy %}<section aria-labelledby="accuracy"><h2 id="accuracy">Accuracy</h2><p>The share of right answers on the test set, which each run looks at once, after its training. Bars and brackets are 95 % intervals.</p>{{ figure(accuracy.figure) }}{% for t in accuracy.tables %}{{ table(t) }}{% endfor %}</section>{% endif %}
-{% if masking %}<section aria-labelledby="masking"><h2 id="masking">Masking the salient pixels</h2><p>For every test image the pixels are ranked by the magnitude of the true class’s gradient, and the most salient ones are replaced. The steeper the fall, the more the network depends on the pixels that its map names. The grey lines remove pixels in random order: what masking alone does.</p>
+{% if masking %}<section aria-labelledby="masking"><h2 id="masking">Masking the salient pixels</h2><p>For every test image the pixels are ranked by {{ 'their attribution to the true class (' ~ masking.by ~ ', its magnitude)' if masking.by else 'chance' }}, and the most salient ones are replaced. The steeper the fall, the more the network depends on the pixels that its map names. The grey lines remove pixels in random order: what masking alone does.</p>
 {% for f in masking.figures %}<h3>{{ f.title }}</h3>{{ figure(f) }}{% endfor %}{% for t in masking.tables %}{{ table(t) }}{% endfor %}
 {% if masking.road %}<details><summary>The same curves with ROAD’s imputation instead of a constant fill</summary>{% for f in masking.road %}<h3>{{ f.title }}</h3>{{ figure(f) }}{% endfor %}</details>{% endif %}</section>{% endif %}
 {% if grids %}<section aria-labelledby="maps"><h2 id="maps">Saliency maps</h2><p>The first test image of each class and, for each network of the first seed, the magnitude of the true class’s gradient: black is none, light yellow the most. Each map has its own scale. A red arrow names a wrong prediction.</p>{% for g in grids %}{{ grid(g) }}{% endfor %}</section>{% endif %}
@@ -1135,42 +1165,50 @@ _PAGE = """<!DOCTYPE html>
 {% if after %}<section aria-labelledby="after"><h2 id="after">Quantized after training</h2><p>What did it buy to train with quantization? The float networks of this study were also quantized without training, by calibration on a few hundred training images. {{ after.gain.text }}</p>{% if after.gain.caveat %}<p class="note">{{ after.gain.caveat }}</p>{% endif %}{{ figure(after.figure) }}{% for t in after.tables %}{{ table(t) }}{% endfor %}</section>{% endif %}
 {% if times %}<section aria-labelledby="times"><h2 id="times">Run times</h2>{{ table(times) }}</section>{% endif %}
 <section aria-labelledby="failures"><h2 id="failures">Failures</h2>{% if failures %}<p>These runs ended with an error and are in no table or figure above.</p>{{ table(failures) }}{% else %}<p>No run failed.</p>{% endif %}
-{% if partial %}<p>Without a result, because they were stopped, are still running, or were altered afterwards: {% for p in partial %}<code>{{ p }}</code>{{ ', ' if not loop.last }}{% endfor %}.</p>{% endif %}</section>
+{% if partial %}<p>Without a result, because they were stopped, are still running, or were altered afterwards: {% for p in partial %}{{ p.name }} (<code>{{ p.id }}</code>){{ '; ' if not loop.last }}{% endfor %}.</p>{% endif %}
+{{ table(undrawn) }}</section>
 {% if made or data %}<section aria-labelledby="made"><h2 id="made">Made with</h2>{% if made %}<dl class="pairs">{% for k, v in made %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl>{% endif %}{{ table(data) }}</section>{% endif %}
 <section aria-labelledby="downloads"><h2 id="downloads">Downloads</h2><p>The numbers behind this page, embedded in it.</p><p class="down">{% for d in downloads %}<a href="{{ d.href }}" download="{{ d.name }}">{{ d.name }}</a> {% endfor %}</p></section>
 </main><footer>Written by qisal {{ version }} from the folder <code>{{ place }}</code>.</footer></div></body></html>
 """
 
 # %% ../nbs/12_report.ipynb #302e3851
-def _svg_figure(name, title, parts, caption, random, draw, key='guidance')->dict:
-    "A figure of the page: an SVG for each (alt text, data) in `parts`."
-    svgs = []
+def _svg_figure(name, title, parts, caption, legend, draw)->dict:
+    "A figure of the page: an SVG for each (alt text, data) in `parts`; `legend`: (mark, words). A panel that can't be drawn is named instead."
+    svgs, notes = [], []
     for i, (alt, *args) in enumerate(parts):
-        fig, (ax,) = _canvas(1, layout=None)  # fixed margins: a layout engine takes longer than the drawing
-        fig.subplots_adjust(left=.15, right=.985, top=.9, bottom=.19)
-        draw(ax, *args)
-        svgs.append(to_svg(fig, f'{name}{i}', alt))
-    return dict(title=title, svgs=svgs, caption=caption, random=random, key=key)
+        try:
+            with _text_as_it_is():
+                fig, (ax,) = _canvas(1, layout=None)  # fixed margins: a layout engine takes longer than the drawing
+                fig.subplots_adjust(left=.15, right=.985, top=.9, bottom=.19)
+                draw(ax, *args)
+                svgs.append(to_svg(fig, f'{name}{i}', alt))
+        except Exception as e: notes.append(_undrawn(alt, e))
+    return dict(title=title, svgs=svgs, caption=caption, legend=legend, notes=notes)
+
+def _undrawn(what, e)->str: return f"Could not be drawn ({type(e).__name__}: {' '.join(str(e).split())}): {what}."
 
 def _accuracy_part(study)->dict:
     acc = accuracy_table(study)
     say = lambda g: '; '.join(f'{r.label} {100*r.accuracy:.1f} %' for r in g.itertuples())
     parts = [(f'Test accuracy on {dataset_name(d)}: {say(g)}', g) for d, g in acc.groupby('dataset', sort=False)]
     caption = 'Test accuracy against bits. Bars: 95 % intervals. Mind the vertical axes: they do not start at zero.'
-    return dict(figure=_svg_figure('acc', 'Accuracy', parts, caption, False, _accuracy_panel), tables=_accuracy_tables(study))
+    return dict(figure=_svg_figure('acc', 'Accuracy', parts, caption, _guidance_legend(acc), _accuracy_panel), tables=_accuracy_tables(study))
 
 def _masking_part(study)->dict|None:
+    import pandas as pd
     def figures(fill, prefix):
         res = []
         for i, d in enumerate(study.table.dataset.unique()):
-            say = lambda g: '; '.join(f"{'guided' if k[0] else 'unguided'}, {k[1]}: {100*v:.0f} % left at 10 %" for k, v in g[(g.frac - .1).abs() < 1e-9].groupby(['guided', 'attribution']).accuracy.mean().items())
+            say = lambda g: '; '.join(f"{'with' if k[0] else 'without'} guidance, {attribution_name(k[1])}: {100*v:.0f} % left at 10 %" for k, v in g[(g.frac - .1).abs() < 1e-9].groupby(['guided', 'attribution']).accuracy.mean().items())
             parts = [(f'Masking curves on {dataset_name(d)}, {title}. {say(g)}', g, title) for title, g in _panels(study, d, fill)]
             several = study.table[study.table.dataset == d].groupby('group').seed.nunique().max() > 1
-            caption = f"{dataset_name(d)}: accuracy against the share of masked pixels{', means and ranges over the seeds' if several else ''}. Fill: {', '.join(sorted({str(f) for _, g, _ in parts for f in g.fill}))}."
-            if parts: res.append(_svg_figure(f'{prefix}{i}x', dataset_name(d), parts, caption, True, _masking_panel))
+            caption = f"{dataset_name(d)}: accuracy against the share of masked pixels{', means and ranges over the seeds' if several else ''}. Masked pixels get {' or '.join(sorted({fill_name(f) for _, g, _ in parts for f in g.fill}))}."
+            if parts: res.append(_svg_figure(f'{prefix}{i}x', dataset_name(d), parts, caption, _masking_legend(pd.concat([g for _, g, _ in parts])), _masking_panel))
         return res
     found = figures(None, 'mask')
-    return dict(figures=found, tables=_masking_tables(study), road=figures('road', 'road')) if found else None
+    by = ' or '.join(attribution_name(o) for o in study.table.attribution.dropna().unique())
+    return dict(figures=found, tables=_masking_tables(study), road=figures('road', 'road'), by=by) if found else None
 
 # %% ../nbs/12_report.ipynb #eabfbfd5
 def _download(name, text, kind)->dict: return dict(name=name, href=f'data:{kind};base64,' + base64.b64encode(text.encode()).decode())
@@ -1216,8 +1254,8 @@ def _parts(study)->dict:
     some, datasets = len(study.table) > 0, list(study.table.dataset.unique()) if len(study.table) else []
     grids = [dict(name=dataset_name(d), **g) for d in datasets if (g := saliency_grid(study, d))]
     p = dict(verdicts=[dict(v, tables=_verdict_tables(v)) for v in verdicts(study)] if some else [], accuracy=_accuracy_part(study) if some else None, masking=_masking_part(study) if some else None,
-             grids=grids, alphas=[t for d in datasets if (t := _alpha_table(study, d))], cost=_cost_table(study), ships=_ships_part(study) if some else None, after=_after_part(study), times=_time_table(study), failures=_failure_table(study),
-             partial=[o['run_id'] for o in study.having('partial')], made=_made_with(study), data=_data_table(study), downloads=_downloads(study), facts=_facts(study), alarm=_alarm(study))
+             grids=grids, alphas=[t for d in datasets for t in _alpha_tables(study, d)], cost=_cost_table(study), ships=_ships_part(study) if some else None, after=_after_part(study), times=_time_table(study), failures=_failure_table(study), undrawn=_undrawn_table(study),
+             partial=[dict(name=run_name(o['spec']), id=o['run_id']) for o in study.having('partial')], made=_made_with(study), data=_data_table(study), downloads=_downloads(study), facts=_facts(study), alarm=_alarm(study))
     p['notes'] = study.notes  # last: what could not be read is known only now
     return dict(p, toc=_contents(p))
 
@@ -1235,14 +1273,19 @@ def report_html(
 def save_figures(
     study:Study, # From `read_study`
 )->list: # Paths of the PNGs; none without a finished run
-    "Write `figures/accuracy.png`, and where there is something to show `figures/masking.png` and `figures/after.png`, into the study's folder."
+    "Write `figures/accuracy.png`, and where there is something to show `figures/masking.png` and `figures/after.png`, into the study's folder. One that can't be drawn is named in `study.notes`."
     if not len(study.table): return []
     folder, res = Path(study.folder)/'figures', []
     folder.mkdir(exist_ok=True)
     figures = dict(accuracy=plot_accuracy, **(dict(masking=plot_masking) if len(study.curves) else {}), **(dict(after=plot_after) if len(after_table(study)) else {}))
     for name, plot in figures.items():
         buffer = io.BytesIO()
-        plot(study).savefig(buffer, format='png', dpi=160, facecolor='white')
+        try:
+            with _text_as_it_is(): plot(study).savefig(buffer, format='png', dpi=160, facecolor='white')
+        except Exception as e:  # the report must not fall with a figure; an old picture of other numbers must not stay either
+            (folder/f'{name}.png').unlink(missing_ok=True)
+            study.notes.append(_undrawn(f'figures/{name}.png', e))
+            continue
         res.append(write_atomic(folder/f'{name}.png', buffer.getvalue()))
     return res
 
@@ -1252,9 +1295,9 @@ def make_report(
     "Write a study's report, its figures and, if it is missing, `summary.csv`. Raises `BadInput` for a folder that holds no study, or where nothing can be written."
     from qisal.run import write_summary
     study = read_study(folder)
-    page = report_html(study)
     try:
         save_figures(study)
+        page = report_html(study)
         if not (study.folder/'summary.csv').exists(): write_summary(study.folder)
         return write_atomic(study.folder/'report.html', page)
     except OSError as e: raise BadInput(f"The report can't be written into '{study.folder}' ({e.strerror}); free some space there or make it writable.") from e

@@ -97,14 +97,14 @@ def test_differences_pair_seeds_and_settings(tmp_path):
     b = differences(s, 'bits')
     assert b.label.tolist() == ['4-bit', '4-bit, guided'] and b['mean'].tolist() == pytest.approx([-.05, -.05]) and b.seeds.tolist() == [3, 2]
     p = differences(s, 'plain')
-    assert p.label.tolist() == ['fp32, guided', '4-bit', '4-bit, guided'] and p['mean'].tolist() == pytest.approx([.02, -.05, -.03])
+    assert p.label.tolist() == ['float, guided', '4-bit', '4-bit, guided'] and p['mean'].tolist() == pytest.approx([.02, -.05, -.03])
 
 def test_ablations_have_their_own_names_and_the_same_base(tmp_path):
     specs = [RunSpec(bits='4'), RunSpec(bits='4', guided=True, frac=.5), RunSpec(bits='4', guided=True, frac=.25)]
     s = read_study(study_of(tmp_path, *[(o, metrics(o, .9)) for o in specs]))
-    assert set(s.table.label) == {'4-bit', '4-bit, guided, frac 0.5', '4-bit, guided, frac 0.25'}
+    assert set(s.table.label) == {'4-bit', '4-bit, guided, share masked 0.5', '4-bit, guided, share masked 0.25'}
     assert len(differences(s, 'guidance')) == 2
-    assert _labels([RunSpec(bits='32').to_dict(), RunSpec(bits='4', weight_quantizer='dorefa').to_dict()]) == ['fp32', '4-bit']
+    assert _labels([RunSpec(bits='32').to_dict(), RunSpec(bits='4', weight_quantizer='dorefa').to_dict()]) == ['float', '4-bit']
 
 def test_cost_rows(tmp_path):
     c = cost_rows(read_study(study_of(tmp_path, *grid())))
@@ -296,7 +296,7 @@ def test_shipping_table_by_hand(tmp_path):
     out = study_of(tmp_path, *grid(lambda s: .9 + s.seed/100, seeds=(0, 1)))
     for i, (s, _) in enumerate(grid(seeds=(0, 1))): ship(out, s, slow=.5 + s.seed/10, differ=s.seed)
     t = shipping_table(read_study(out))
-    assert t.label.tolist() == ['fp32', 'fp32, guided', '4-bit', '4-bit, guided'] and t.runs.tolist() == [2]*4
+    assert t.label.tolist() == ['float', 'float, guided', '4-bit', '4-bit, guided'] and t.runs.tolist() == [2]*4
     assert t['size'].tolist() == [1, 1, 1/8, 1/8] and t.file_bits.tolist() == [32.1, 32.1, 4.1, 4.1] and t.packed_size[2] == 480/4000 and np.isnan(t.packed_size[0])
     assert t.latency_1[2] == pytest.approx(.55) and t.latency_256[2] == pytest.approx(.65) and t.ms_256[2] == pytest.approx(22) and t.float_ms_1[2] == .2 and np.isnan(t.latency_1[0])
     assert t.differ.tolist() == [1]*4 and t.images.tolist() == [2000]*4 and t.file_accuracy[0] == pytest.approx(.905)
@@ -331,7 +331,7 @@ def test_measured_times_enter_the_verdict_on_cost(tmp_path):
     cost = lambda out: {v['name']: v for v in verdicts(read_study(out))}['cost']
     fast, slow, counted = shipped_study(tmp_path/'a', grid()), shipped_study(tmp_path/'b', grid(), slow=1.3), study_of(tmp_path/'c', *grid())
     assert cost(fast)['verdict'] == 'holds here' and '1/8.0 to 1/8.0 of its bytes' in cost(fast)['text'] and '0.50 times its time with one image, 0.60 times with 256' in cost(fast)['text']
-    assert cost(slow)['verdict'] == 'holds in part' and 'Slower than the float file: 4-bit (MNIST, small_cnn)' in cost(slow)['text']
+    assert cost(slow)['verdict'] == 'holds in part' and 'Slower than the float file: 4-bit (MNIST, small CNN)' in cost(slow)['text']
     assert cost(counted)['verdict'] == 'holds here' and 'onnxruntime' not in cost(counted)['text'] and 'not a run time' in cost(counted)['caveat']
 
 def test_a_study_that_was_not_measured_says_so(tmp_path):
@@ -349,8 +349,8 @@ def test_measured_in_part_and_failed_measurements_are_named(tmp_path):
     m = read_metrics(out/'runs'/specs[1].run_id)
     write_shipped(out/'runs'/specs[1].run_id, m, dict(error=dict(type='BadInput', message=NASTY)))
     page = make_report(out).read_text()
-    assert f'{specs[1].run_id} could not be measured: &lt;img' in page and NASTY not in page and f'Not measured yet, or without a model folder: {specs[3].run_id}.' in page
-    assert shipping_table(read_study(out)).label.tolist() == ['fp32', '4-bit'] and (out/'figures'/'after.png').stat().st_size > 5000
+    assert 'MNIST, small CNN, float, guided, seed 0: could not be measured: &lt;img' in page and NASTY not in page and 'Not measured yet, or without a model folder: MNIST, small CNN, 4-bit, guided, seed 0.' in page
+    assert shipping_table(read_study(out)).label.tolist() == ['float', '4-bit'] and (out/'figures'/'after.png').stat().st_size > 5000
     assert [r['error'][:22] for r in csv.DictReader((out/'summary.csv').open()) if r['error']] == ['not measured as a file']
 
 def test_measurements_of_other_metrics_are_not_shown(tmp_path):
