@@ -235,9 +235,10 @@ def predict(
     model: Annotated[Path, _opt("A model folder: of `qisal export`, or with --runtime torch a run's.")],
     runtime: Annotated[str, _opt("onnxruntime or torch.")] = 'onnxruntime',
     resize: Annotated[bool, _opt("Make images of another size or mode fit.")] = False,
+    background: Annotated[Optional[str], _opt("What transparent images are laid over, white or black; default: as the model folder says.")] = None,
 ):
     from qisal import serve
-    p = serve.predict(model, images, runtime, resize=resize)
+    p = serve.predict(model, images, runtime, resize=resize, background=background)
     for image, label, prob in zip(images, p.labels, p.probs.max(1)): typer.echo(f'{image}\t{label}\t{prob:.4f}')
 
 # %% ../nbs/13_cli.ipynb #0fafdd83
@@ -258,11 +259,12 @@ def explain(
     model: Annotated[Path, _opt("A model folder: a run's, or one of `qisal export`.")],
     out: Annotated[Path, _opt("Where the overlay goes, a PNG.")] = Path('overlay.png'),
     runtime: Annotated[str, _opt("torch, which explains by the gradient, or onnxruntime (needs a folder of `qisal export`), by occlusion.")] = 'torch',
+    background: Annotated[Optional[str], _opt("What a transparent image is laid over, white or black; default: as the model folder says.")] = None,
 ):
     if out.suffix.lower() != '.png': raise BadInput(f"--out is {out}; the overlay is a PNG file, so its name must end in .png.")
     if not out.parent.is_dir(): raise BadInput(f"--out is {out}, but there is no folder {out.parent}; make it or name another.")
     from qisal import serve
-    e = serve.explain(model, image, runtime, resize=True)
+    e = serve.explain(model, image, runtime, resize=True, background=background)
     _write_figure(e.plot(), out)
     typer.echo(f'prediction: {e.label}')
     for name, prob in sorted(zip(e.prediction.classes, e.prediction.probs[0]), key=lambda o: -o[1])[:3]: typer.echo(f'  {name}: {prob:.2%}')
@@ -290,7 +292,7 @@ Examples:
 @polite
 def export(
     source: Annotated[Path, typer.Argument(help="A run's folder, or a model folder.", metavar='RUN_OR_MODEL')],
-    to: Annotated[str, _opt("What to write, several with commas: packed (model.safetensors, for torch), onnx (model.onnx, for onnxruntime), qonnx (model.qonnx.onnx, for hardware compilers).")] = 'packed,onnx,qonnx',
+    to: Annotated[str, _opt("What to write, several with commas: packed (model.safetensors, for torch), onnx (model.onnx, for onnxruntime), qonnx (model.qonnx.onnx, for hardware compilers; large).")] = 'packed,onnx',
     out: Annotated[Optional[Path], _opt("The folder to write; its parent must exist. Default: RUN/export, or MODEL-export beside the model.")] = None,
     opset: Annotated[int, _opt("Of model.onnx, 21 to 25; a newer one needs a newer onnxruntime.")] = 21,
 ):
@@ -309,7 +311,7 @@ def _run_facts(source)->dict:
 def export_folder(
     source, # A run's folder, or a model folder
     out=None, # The folder to write; None: `export` in a run's folder, or beside a model folder with '-export' at the end of its name
-    to='packed,onnx,qonnx', # What to write, as `export_model` takes it
+    to='packed,onnx', # What to write, as `export_model` takes it
     opset:int=21, # Of model.onnx
 )->Path: # The folder
     "Bake the network and export it; a run's accuracy and masking curves go on the card. Raises `BadInput` for a folder that holds no network, or a float one."
@@ -323,7 +325,7 @@ def export_folder(
     if os.path.abspath(out) == os.path.abspath(folder): raise BadInput(f"--out is {out}, the folder that is read; name another.")
     if quant_layers(model): model = bake(model)
     extra = {**config['extra'], **_run_facts(source)}
-    return export_model(model, out, **{k: config[k] for k in ('classes', 'n_in', 'size', 'stats')}, extra=extra, to=to, opset=opset)
+    return export_model(model, out, **{k: config.get(k) for k in ('classes', 'n_in', 'size', 'stats', 'background')}, extra=extra, to=to, opset=opset)
 
 # %% ../nbs/13_cli.ipynb #86e5bcfc
 BENCH_HELP = """Time training and explaining on this machine, next to plain training and to other libraries that are installed.

@@ -871,8 +871,9 @@ def _difference_table(d, title, unit=100)->dict|None:
     "The comparisons behind a verdict; `unit` 100: in points, 1: as areas."
     if d is None or not len(d): return None
     word, digits = dict(yes='bears it out', no='speaks against it', open='open'), 2 if unit == 100 else 3
+    bare = dict(yes='its sign agrees', no='its sign disagrees', open='open')
     span = lambda r: '–' if math.isnan(r.low) else f'{unit*r.low:+.{digits}f} to {unit*r.high:+.{digits}f}'.replace('-', '−')
-    rows = [[_cell(dataset_name(r.dataset)), _cell(r.label, 'h'), _num(d['mean'][r.Index], digits, unit, True), _cell(span(r), 'n'), _cell(_BASIS[r.basis]), _num(r.seeds, 0), _cell(word[r.finding])] for r in d.itertuples()]
+    rows = [[_cell(dataset_name(r.dataset)), _cell(r.label, 'h'), _num(d['mean'][r.Index], digits, unit, True), _cell(span(r), 'n'), _cell(_BASIS[r.basis]), _num(r.seeds, 0), _cell((bare if r.basis == 'none' else word)[r.finding])] for r in d.itertuples()]
     return _table(title, ['dataset', 'setting', f">difference{' / points' if unit == 100 else ''}", '>95 % interval', 'interval is', '>seeds', 'finding'], rows)
 
 def _verdict_tables(v)->list:
