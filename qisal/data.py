@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'INFO', 'CIFAR_BINARY', 'REGISTRY', 'SOURCES', 'SAMPLE_TRAIN', 'SAMPLE_TEST', 'SHEET_COLUMNS', 'SAMPLE_RULE',
-           'SAMPLE_SHA256', 'SPLIT_SEED', 'DataError', 'Arrays', 'DatasetInfo', 'read_idx', 'read_cifar_bin',
+           'SAMPLE_SHA256', 'SIZES', 'SPLIT_SEED', 'DataError', 'Arrays', 'DatasetInfo', 'read_idx', 'read_cifar_bin',
            'read_cifar_png', 'data_root', 'get_arrays', 'rank_in_class', 'first_of_each', 'to_sheet', 'from_sheet',
-           'make_sample', 'write_sample', 'sample_arrays', 'plot_images', 'folder_arrays', 'stratified_split',
-           'balanced_subset', 'ResidentDataset', 'to_dataset', 'pixel_stats', 'ResidentDL', 'ResidentDLs', 'get_dls']
+           'make_sample', 'write_sample', 'sample_arrays', 'plot_images', 'fitting_size', 'folder_arrays',
+           'stratified_split', 'balanced_subset', 'ResidentDataset', 'to_dataset', 'pixel_stats', 'ResidentDL',
+           'ResidentDLs', 'get_dls']
 
 # %% ../nbs/01_data.ipynb #2b7c431d
 import gzip, http.client, io, json, os, random, socket, subprocess, sys, tarfile, tempfile, zlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +20,7 @@ from pathlib import Path
 import numpy as np, torch
 from PIL import Image, ImageOps
 
-from .core import DATASETS, BadInput, RunSpec, asset, check_in, check_range, read_json, sha256_array, write_atomic
+from .core import BACKGROUNDS, DATASETS, BadInput, RunSpec, asset, check_in, check_range, check_text, fitting_batch, lay_over, read_json, sha256_array, write_atomic
 
 # %% ../nbs/01_data.ipynb #09ae560b
 import warnings
@@ -389,46 +391,117 @@ def _draw(axs, x, titles=None):
 
 # %% ../nbs/01_data.ipynb #9de15e57
 _SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.pgm', '.ppm')
+_SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'test', 'testing'}
 
-def _list_folder(path)->dict:
-    "Class name -> sorted image files; `BadInput` if that makes no dataset."
+def _check_dirs(path)->list:
+    "The class folders below `path`, sorted by name; `BadInput` if they make no dataset."
     if not str(path).strip(): raise BadInput('folder: lacks its path; write folder:PATH, PATH being the folder that holds one subfolder a class.')
     path = Path(path).expanduser()
-    if not path.exists(): raise BadInput(f"The image folder '{path}' does not exist; give the folder that holds one subfolder a class.")
-    if not path.is_dir(): raise BadInput(f"'{path}' is a file; give the folder that holds one subfolder a class.")
-    dirs = sorted(o for o in path.iterdir() if o.is_dir() and not o.name.startswith('.'))
-    files = {d.name: sorted(o for o in d.iterdir() if o.suffix.lower() in _SUFFIXES and not o.name.startswith('.')) for d in dirs}
-    if not files: raise BadInput(f"The image folder '{path}' has no class in it; put the images of each class into a subfolder of its own.")
-    if len(files) == 1: raise BadInput(f"The image folder '{path}' has one class only ('{dirs[0].name}'); a classifier needs two or more subfolders with images.")
-    others = sum(o.is_file() and not o.name.startswith('.') for d in dirs for o in d.iterdir()) - sum(map(len, files.values()))
-    if others: _say(f"{others} file{'s'*(others != 1)} below '{path}' left out: the name does not end in {' '.join(_SUFFIXES)}.")
+    check_text('The image folder', str(path))
+    give = 'give the folder that holds one subfolder a class'
+    if not path.exists(): raise BadInput(f"The image folder '{path}' does not exist; {give}.")
+    if not path.is_dir(): raise BadInput(f"'{path}' is a file; {give}.")
+    dirs = sorted(o for o in _entries(path) if o.is_dir() and not o.name.startswith('.'))
+    if not dirs: raise BadInput(f"The image folder '{path}' has no class in it; put the images of each class into a subfolder of its own.")
+    if len(dirs) == 1: raise BadInput(f"The image folder '{path}' has one class only ('{dirs[0].name}'); a classifier needs two or more subfolders with images.")
+    for d in dirs: check_text('The class folder', str(d))
+    if {o.name.lower() for o in dirs} <= _SPLITS and all(any(o.is_dir() for o in _entries(d)) for d in dirs):
+        raise BadInput(f"The image folder '{path}' holds {', '.join(o.name for o in dirs)}, which are parts of a dataset and no classes; give one of them: '{dirs[0]}'.")
+    return dirs
+
+def _entries(folder)->list:
+    "What a folder holds; `BadInput` if it can't be read."
+    try: return list(Path(folder).iterdir())
+    except OSError as e: raise BadInput(f"The folder '{folder}' can't be read ({e.strerror}); make it readable or move it away.") from e
+
+def _below(folder, above=())->list:
+    "All files in a folder and its subfolders, sorted, links followed; hidden ones and links back to a folder `above` left out."
+    here, out = (*above, os.path.realpath(folder)), []
+    for o in sorted(_entries(folder)):
+        if o.name.startswith('.'): continue
+        if not o.is_dir(): out.append(o)
+        elif os.path.realpath(o) not in here: out += _below(o, here)
+    return out
+
+
+# %% ../nbs/01_data.ipynb #a6d0e3b5
+def _is_image(path): return path.suffix.lower() in _SUFFIXES
+
+def _list_folder(path)->dict:
+    "Class name -> sorted image files; says what is left out; `BadInput` if that makes no dataset."
+    dirs = _check_dirs(path)
+    path, found = dirs[0].parent, {d.name: _below(d) for d in dirs}
+    files = {k: [o for o in v if _is_image(o)] for k, v in found.items()}
+    others = Counter(o.suffix.lower() or 'without an ending' for v in found.values() for o in v if not _is_image(o))
+    if others:
+        kinds = ', '.join(f'{n} {k}' for k, n in others.most_common(5))
+        _say(f"{_count(sum(others.values()), 'file')} below '{path}' left out ({kinds}): images end in {' '.join(_SUFFIXES)}.")
+    outside = sum(_is_image(o) and not o.is_dir() and not o.name.startswith('.') for o in _entries(path))
+    if outside: _say(f"{_count(outside, 'image')} in '{path}' left out: in no class folder.")
     for k, v in files.items():
-        if len(v) < 3: raise BadInput(f"Class '{k}' in the image folder '{path}' has {len(v) or 'no'} image{'s'*(len(v) != 1)}; each class needs three or more (training, validation, test; {' '.join(_SUFFIXES)}).")
+        if len(v) < 3: raise BadInput(f"Class '{k}' in the image folder '{path}' has {_count(len(v), 'image') if v else 'no images'}; "
+                                      f"each class needs three or more (training, validation, test; {' '.join(_SUFFIXES)}).")
     return files
 
-def _open_image(path, size):
-    "A PIL image in mode L or RGB of `size` x `size`; `BadInput` naming the file if it can't be decoded."
+def _count(n, what): return f"{n:,} {what}{'s'*(n != 1)}"
+
+
+# %% ../nbs/01_data.ipynb #0f5c9b72
+def _open(path, read):
+    "What `read` makes of an opened image; `BadInput` naming the file if it can't be decoded."
     try:
-        with Image.open(path) as img:
-            if img.mode.startswith(('I', 'F')): raise BadInput(f"The image '{path}' has more than 8 bits a channel ({img.mode}); save it as an 8-bit PNG or JPEG.")
-            grey = img.mode in ('1', 'L', 'LA')
-            return ImageOps.fit(ImageOps.exif_transpose(img).convert('L' if grey else 'RGB'), (size, size), Image.Resampling.BILINEAR)
-    except BadInput: raise
+        with Image.open(path) as img: return read(img)
     except Exception as e: raise BadInput(f"The image '{path}' can't be read ({e}); repair or remove it.") from e
 
+def _shorter_side(path)->int:
+    "Of an image, in pixels; its file is opened, but not decoded."
+    return _open(path, lambda img: min(img.size))
+
+def _open_image(path, size, background='white'):
+    "(A PIL image in mode L or RGB of `size` x `size`, was it transparent?, does its file hold more pictures?)"
+    def read(img):
+        if img.mode.startswith(('I', 'F')): return img.mode
+        more = getattr(img, 'is_animated', False) and img.format != 'MPO'  # the other picture of an MPO is a camera's preview
+        img, transparent = lay_over(ImageOps.exif_transpose(img), background)
+        img = img.convert('L' if img.mode in ('1', 'L') else 'RGB')
+        return ImageOps.fit(img, (size, size), Image.Resampling.BILINEAR), transparent, more
+    res = _open(path, read)
+    if isinstance(res, str): raise BadInput(f"The image '{path}' has more than 8 bits a channel ({res}); save it as an 8-bit PNG or JPEG.")
+    return res
+
+
 # %% ../nbs/01_data.ipynb #85133cfb
+SIZES = (28, 64)  # the smallest and the largest size that is chosen for a folder of images
+
+def fitting_size(
+    sides, # The shorter side of each image in pixels
+)->int: # Height and width in pixels: their median, rounded down to a multiple of 4, from 28 to 64
+    "The size to which a folder's images are brought, unless one is given."
+    return int(np.clip(np.median(sides)//4*4, *SIZES))
+
+def _open_all(files, size, background)->list:
+    "All images as PIL images; says how many were transparent, and how many files hold more than one."
+    imgs, transparent, more = zip(*[_open_image(o, size, background) for o in files])
+    other = next(o for o in BACKGROUNDS if o != background)
+    if n := sum(transparent): _say(f"{_count(n, 'transparent image')} laid over {background}; background='{other}' (--background {other}) lays them over {other}.")
+    if n := sum(more): _say(f"{_count(n, 'file')} with several pictures: the first of each is taken.")
+    return list(imgs)
+
 def folder_arrays(
     path, # Folder with one subfolder a class, three images or more in each
-    size:int=32, # Height and width in pixels after scaling and centre-cropping; 32 suits all networks of the study
+    size:int=None, # Height and width in pixels after scaling and centre-cropping, 8 to 1024; None: `fitting_size` of the images
     test_pct:float=.2, # Share of each class that becomes the test set, between 0 and 1
     seed:int=0, # Chooses the test images
+    background:str='white', # What transparent images are laid over: 'white' or 'black'
 )->Arrays: # All images; grey if every image is, else RGB
     "Read a folder of images. Raises `BadInput`, naming the folder, class or file, for anything that can't be trained on."
-    check_range('size', size, 8, 1024, kind=int)
+    if size is not None: check_range('size', size, 8, 1024, kind=int)
     check_range('test_pct', test_pct, 0, 1, lo_open=True, hi_open=True)
     check_range('seed', seed, 0, 2**32 - 1, kind=int)
+    check_in('background', background, tuple(BACKGROUNDS))
     files = _list_folder(path)
-    imgs = [_open_image(o, size) for v in files.values() for o in v]
+    if size is None: size = fitting_size([_shorter_side(o) for v in files.values() for o in v])
+    imgs = _open_all([o for v in files.values() for o in v], size, background)
     y = np.repeat(np.arange(len(files)), [len(v) for v in files.values()])
     y = y.astype(np.uint8 if len(files) <= 256 else np.int64)
     mode = 'L' if all(o.mode == 'L' for o in imgs) else 'RGB'
@@ -620,17 +693,16 @@ class ResidentDLs(DataLoaders):
 
 def _wishes(spec, given):
     "What a `RunSpec` asks of the data, or the arguments of `get_dls` themselves, validated in the same way."
-    names, default = ('n_train', 'sample', 'batch_size', 'valid_pct', 'seed'), RunSpec()
+    unset = dict(n_train=None, sample=False, batch_size=None, valid_pct=.1, seed=0, size=None, background='white')
     if isinstance(spec, RunSpec):
-        extra = [o for o in names if given[o] != getattr(default, o)]
+        extra = [o for o in unset if given[o] != unset[o]]
         if extra: raise BadInput(f"get_dls got a RunSpec and {', '.join(extra)} too; say it once: dataclasses.replace(spec, {extra[0]}=...).")
         return spec
-    return RunSpec(dataset=str(spec), **{o: given[o] for o in names})
+    return RunSpec(dataset=str(spec), **given)
 
-def _arrays_of(spec, root, size)->Arrays:
+def _arrays_of(spec, root)->Arrays:
     "The arrays a spec names."
-    if spec.dataset.startswith('folder:'): return folder_arrays(spec.dataset[len('folder:'):], size=32 if size is None else size)
-    if size is not None: raise BadInput(f"size is for folder:PATH only; {spec.dataset} has images of {INFO[spec.dataset].size} pixels.")
+    if spec.dataset.startswith('folder:'): return folder_arrays(spec.dataset[len('folder:'):], size=spec.size, background=spec.background)
     return sample_arrays(spec.dataset) if spec.sample else get_arrays(spec.dataset, root)
 
 # %% ../nbs/01_data.ipynb #14e8cfdd
@@ -639,25 +711,28 @@ def get_dls(
     *,
     n_train:int=None, # Images to learn from, counted after the validation images are taken away; None: all of them
     sample:bool=False, # The embedded sample (2,000 + 1,000 images) instead of the whole set?
-    batch_size:int=128, # Images a batch; 128 as in the papers
+    batch_size:int=None, # Images a batch; None: 128 as in the papers, or fewer where that makes less than four steps a pass
     valid_pct:float=.1, # Share of each class of the training set that becomes the validation set, between 0 and 1
     seed:int=0, # Decides the order of the training images, nothing else: the split is the same for all seeds
     root=None, # Folder of the cache; None: QISAL_DATA, else `~/.cache/qisal`
     device=None, # Where the images live; None: fastai's default device, a GPU if there is one
-    size:int=None, # For folders: height and width in pixels; None: 32
+    size:int=None, # For folders: height and width in pixels, 8 to 1024; None: chosen from the images (`fitting_size`)
+    background:str='white', # For folders: what transparent images are laid over, 'white' or 'black'
 )->ResidentDLs: # `.train`, `.valid`, `.test`; `.vocab`, `.stats`, `.n_in`, `.size`, `.input_range`, `.checksums`, `.source`
     "Make `DataLoaders` for a dataset. Raises `BadInput` for anything that can't be, before any work is done on images."
-    spec = _wishes(spec_or_name, dict(n_train=n_train, sample=sample, batch_size=batch_size, valid_pct=valid_pct, seed=seed))
-    a = _arrays_of(spec, root, size)
+    spec = _wishes(spec_or_name, dict(n_train=n_train, sample=sample, batch_size=batch_size, valid_pct=valid_pct, seed=seed,
+                                      size=size, background=background))
+    a = _arrays_of(spec, root)
     train, valid = stratified_split(a.y_train, spec.valid_pct)
     n = len(train) if spec.n_train is None else spec.n_train
     if n > len(train): raise BadInput(f"n_train is {n}; after {len(valid)} validation images are taken away, {a.name} has {len(train)} to learn from. Lower n_train, or leave it out to take all.")
-    if n < spec.batch_size: raise BadInput(f"batch_size is {spec.batch_size}, but there are only {n} training images; make it {n} or less.")
+    bs = fitting_batch(n) if spec.batch_size is None else spec.batch_size
+    if n < bs: raise BadInput(f"batch_size is {bs}, but there are only {n} training images; make it {n} or less, or leave it out for one that fits.")
     train = train[balanced_subset(a.y_train[train], n)]
     stats = (INFO[a.name].mean, INFO[a.name].std) if a.name in INFO else pixel_stats(a.x_train[train])
     parts = (a.x_train[train], a.y_train[train]), (a.x_train[valid], a.y_train[valid]), (a.x_test, a.y_test)
     device = default_device() if device is None else torch.device(device)
-    dls = ResidentDLs(*[ResidentDL(to_dataset(*o, a.classes, stats), bs=spec.batch_size, shuffle=i == 0, drop_last=i == 0, seed=spec.seed)
+    dls = ResidentDLs(*[ResidentDL(to_dataset(*o, a.classes, stats), bs=bs, shuffle=i == 0, drop_last=i == 0, seed=spec.seed)
                         for i, o in enumerate(parts)], device=device)
     dls.checksums, dls.source = a.checksums, a.source
     return dls

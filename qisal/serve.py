@@ -7,14 +7,14 @@ __all__ = ['RUNTIMES', 'read_image', 'to_pixels', 'normalize_pixels', 'Predictio
            'Explanation', 'explain']
 
 # %% ../nbs/10_serve.ipynb #f21c4eb0
-import sys
+import sys, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from .core import ATTRIBUTIONS, BadInput, check_in, check_range
-from .deploy import load_model, onnx_session, read_config, read_files
+from .deploy import BACKGROUNDS, _side, load_model, onnx_session, read_config, read_files
 
 # %% ../nbs/10_serve.ipynb #e81b6af7
 _MODES = {1: 'L', 3: 'RGB'}  # of PIL, by number of channels
@@ -38,25 +38,56 @@ def _picture(image, name:str=''):
     except BadInput: raise
     except Exception as e: raise BadInput(f"{name} cannot be read ({e}); repair it or name another.") from e
 
+class _Ground:
+    "What transparent images are laid over, and how many were. None: white, and say so."
+    def __init__(self, background):
+        self.colour = check_in('background', 'white' if background is None else background, BACKGROUNDS)
+        self.said, self.n = background is not None, 0
+
+    def under(self, img):
+        "The image without transparency, grey if it was."
+        from PIL import Image
+        if not img.has_transparency_data: return img
+        layer, mode = img.convert('RGBA'), 'L' if img.mode in ('L', 'LA', 'La') else 'RGB'
+        self.n += layer.getchannel('A').getextrema()[0] < 255
+        return Image.alpha_composite(Image.new('RGBA', img.size, self.colour), layer).convert(mode)
+
+    def tell(self, of):
+        "Warn if a colour was chosen that nobody named."
+        if not self.n or self.said: return
+        which = 'The image is transparent and was' if of == 1 else f'{self.n} of {of} images are transparent and were'
+        warnings.warn(f"{which} laid over white; say what it was in training: background='white' or 'black' (qisal predict --background).", stacklevel=3)
+
+def _fit(image, size, n_in, ground):
+    "An image made to fit."
+    from PIL import Image, ImageOps
+    img, (h, w) = ground.under(_picture(image, 'the image')[0]), _side(size)
+    return ImageOps.fit(img.convert(_MODES[check_in('channels', n_in, tuple(_MODES))]), (w, h), Image.Resampling.BILINEAR)
+
 def read_image(
     image, # An image file, or a PIL image
-    size:int, # Height and width that the model takes, pixels
+    size:int|tuple, # Height and width that the model takes, pixels: one number for a square, or both
     n_in:int, # Channels that the model takes: 1 (grey) or 3 (RGB)
-): # PIL image of `size` x `size`, mode 'L' or 'RGB'
-    "An image of any size and mode, made to fit as `folder_arrays` makes it: scaled and cropped about its centre. Raises `BadInput` for a file that is none, is damaged, or has more than 8 bits a channel."
-    from PIL import Image, ImageOps
-    img, _ = _picture(image, 'the image')
-    return ImageOps.fit(img.convert(_MODES[check_in('channels', n_in, tuple(_MODES))]), (size, size), Image.Resampling.BILINEAR)
+    background:str|None=None, # What a transparent image is laid over, 'white' or 'black'; None: white, with a warning
+): # PIL image of `size`, mode 'L' or 'RGB'
+    "An image of any size and mode, made to fit as `folder_arrays` makes it: laid over a background if it is transparent, scaled and cropped about its centre. Raises `BadInput` for a file that is none, is damaged, or has more than 8 bits a channel."
+    ground = _Ground(background)
+    img = _fit(image, size, n_in, ground)
+    ground.tell(1)
+    return img
+
 
 # %% ../nbs/10_serve.ipynb #8722f7e3
-def _from_picture(image, name, size, n_in, resize)->np.ndarray: # uint8 size x size x n_in
+def _from_picture(image, name, size, n_in, resize, ground)->np.ndarray: # uint8 h x w x n_in
     "The pixels of a file or PIL image."
-    if resize: return np.asarray(read_image(image, size, n_in)).reshape(size, size, n_in)
+    h, w = _side(size)
+    if resize: return np.asarray(_fit(image, size, n_in, ground)).reshape(h, w, n_in)
     img, name = _picture(image, name)
-    takes = f"the model takes {size} x {size} pixels" + (f", mode {_MODES[n_in]}" if n_in in _MODES else f" and {n_in} channels, which only an array can hold")
-    if img.size != (size, size): raise BadInput(f"{name} is {img.width} x {img.height} pixels, {takes}; scale it (Pillow's ImageOps.fit), or let it be done: resize=True (qisal predict --resize).")
+    takes = f"the model takes {h} x {w} pixels (height x width)" if h != w else f"the model takes {h} x {w} pixels"
+    takes += f", mode {_MODES[n_in]}" if n_in in _MODES else f" and {n_in} channels, which only an array can hold"
+    if img.size != (w, h): raise BadInput(f"{name} is {img.width} x {img.height} pixels{' (width x height)' if h != w else ''}, {takes}; scale it (Pillow's ImageOps.fit), or let it be done: resize=True (qisal predict --resize).")
     if img.mode != _MODES.get(n_in): raise BadInput(f"{name} has mode {img.mode}, {takes}; convert it (Pillow's image.convert), or let it be done: resize=True (qisal predict --resize).")
-    return np.asarray(img).reshape(size, size, n_in)
+    return np.asarray(ground.under(img)).reshape(h, w, n_in)
 
 def _check_bytes(a, name):
     "Refuse numbers that are no bytes."
@@ -70,16 +101,17 @@ def _check_bytes(a, name):
     way = " (255*images.astype('uint8'))" if a.dtype.kind == 'b' else " (images.astype('uint8') where all of them lie there)" if a.dtype.kind in 'iu' else ''
     raise BadInput(f"{what}{more}; give uint8 pixels from 0 to 255{way}.")
 
-def _from_array(a, name, size, n_in)->np.ndarray: # uint8 N x size x size x n_in
+def _from_array(a, name, size, n_in)->np.ndarray: # uint8 N x h x w x n_in
     "An array of images, or of one, with the axes that it left out."
     _check_bytes(a, name)
-    given, want = a.shape, (size, size, n_in)
+    h, w = _side(size)
+    given, want = a.shape, (h, w, n_in)
     if a.ndim == 2: a = a[None, ..., None]
     elif a.ndim == 3: a = a[None] if a.shape == want else a[..., None]
     if a.ndim == 4 and a.shape[1:] == want: return a
-    takes = f"the model takes {size} x {size} pixels and {n_in} channel{'s'*(n_in > 1)}, N x {size} x {size} x {n_in}"
-    if given[-3:] == (n_in, size, size) and len(given) in (3, 4): hint = f"put the channels last: images.{'transpose(0, 2, 3, 1)' if len(given) == 4 else 'transpose(1, 2, 0)'}"
-    elif a.ndim == 4 and a.shape[1:3] == (size, size): hint = f"convert them to {'grey (Pillow mode L)' if n_in == 1 else 'RGB' if n_in == 3 else f'{n_in} channels'}"
+    takes = f"the model takes {h} x {w} pixels and {n_in} channel{'s'*(n_in > 1)}, N x {h} x {w} x {n_in}"
+    if given[-3:] == (n_in, h, w) and len(given) in (3, 4): hint = f"put the channels last: images.{'transpose(0, 2, 3, 1)' if len(given) == 4 else 'transpose(1, 2, 0)'}"
+    elif a.ndim == 4 and a.shape[1:3] == (h, w): hint = f"convert them to {'grey (Pillow mode L)' if n_in == 1 else 'RGB' if n_in == 3 else f'{n_in} channels'}"
     else: hint = f"scale them, with Pillow's ImageOps.fit or from files with resize=True (qisal predict --resize)"
     raise BadInput(f"{name} {'have' if name == 'images' else 'has'} the shape {given}; {takes}; {hint}.")
 
@@ -91,10 +123,10 @@ def _array(o)->np.ndarray|None:
     o = o.detach().cpu()
     return np.asarray(o.float() if o.is_floating_point() else o)  # numpy has no bfloat16
 
-def _one(o, i, size, n_in, resize)->np.ndarray: # uint8 size x size x n_in
+def _one(o, i, size, n_in, resize, ground)->np.ndarray: # uint8 h x w x n_in
     "The `i`-th image of a list."
     name = f'image {i} of the list'
-    if _is_picture(o): return _from_picture(o, name, size, n_in, resize)
+    if _is_picture(o): return _from_picture(o, name, size, n_in, resize, ground)
     a = _array(o)
     if a is None: raise BadInput(f"{name} is of type {type(o).__name__}; give a file, a PIL image or an array of uint8 pixels.")
     a = _from_array(a, name, size, n_in)
@@ -103,19 +135,28 @@ def _one(o, i, size, n_in, resize)->np.ndarray: # uint8 size x size x n_in
 
 def to_pixels(
     images, # uint8 array or tensor N x H x W x C, N x H x W or one image; a PIL image or file (str, Path); or a list of single images
-    size:int, # Height and width that the model takes, pixels
+    size:int|tuple, # Height and width that the model takes, pixels: one number for a square, or both
     n_in:int, # Channels that the model takes
     resize:bool=False, # Make files and PIL images of another size or mode fit (`read_image`)? Arrays must fit in any case
-)->np.ndarray: # uint8 N x size x size x n_in
+    background:str|None=None, # What transparent files and PIL images are laid over, 'white' or 'black'; None: white, with a warning
+)->np.ndarray: # uint8 N x H x W x n_in
     "Images as one array of bytes. Raises `BadInput` that names the image, what the model takes and what to do."
+    ground = _Ground(background)
+    x = _pixels(images, size, n_in, resize, ground)
+    ground.tell(len(x))
+    return x
+
+def _pixels(images, size, n_in, resize, ground):
+    "`to_pixels`, which counts in `ground`."
     if isinstance(images, (list, tuple)):
         if not len(images): raise BadInput("there are no images (an empty list); give at least one.")
-        return np.stack([_one(o, i, size, n_in, resize) for i, o in enumerate(images)])
-    if _is_picture(images): return _from_picture(images, 'the image', size, n_in, resize)[None]
+        return np.stack([_one(o, i, size, n_in, resize, ground) for i, o in enumerate(images)])
+    if _is_picture(images): return _from_picture(images, 'the image', size, n_in, resize, ground)[None]
     a = _array(images)
     if a is None: raise BadInput(f"images is of type {type(images).__name__}; give an array of uint8 pixels, a PIL image, a file, or a list of these.")
     if not a.size: raise BadInput(f"there are no images (an array of shape {a.shape}); give at least one.")
     return _from_array(a, 'images', size, n_in)
+
 
 # %% ../nbs/10_serve.ipynb #2aa5e3a0
 def _table(stats)->np.ndarray: # float32 C x 256
@@ -178,7 +219,7 @@ def _open_onnx(folder, threads):
         raise BadInput(f"The model folder '{folder}' lists no model.onnx, so onnxruntime can't run it; write a folder with one (export_model, or qisal export '{folder}' --out NEW), or choose the runtime torch.")
     session = onnx_session(files['model.onnx'], threads, f"model.onnx in '{folder}'")
     (i,), (o,) = session.get_inputs(), session.get_outputs()
-    have, want = (i.shape[1:], o.shape[1:]), ([config['n_in'], config['size'], config['size']], [len(config['classes'])])
+    have, want = (i.shape[1:], o.shape[1:]), ([config['n_in'], *_side(config['size'])], [len(config['classes'])])
     if have != want: raise BadInput(f"model.onnx in '{folder}' takes images {have[0]} and gives {have[1]} logits, config.json says {want[0]} and {want[1]}; export the model again.")
     return config, lambda x: session.run(None, {i.name: x})[0], None
 
@@ -208,13 +249,17 @@ class Predictor:
         folder, # A model folder: of `export_model`, or with `runtime='torch'` also of `save_model`
         runtime:str='onnxruntime', # 'onnxruntime' (integers; imports no torch) or 'torch'
         threads:int=1, # Of the processor, for one batch
+        background:str|None=None, # What transparent images are laid over, 'white' or 'black'; None: as the folder says, else white with a warning
     ):
         check_in('runtime', runtime, RUNTIMES)
+        if background is not None: check_in('background', background, BACKGROUNDS)
         self.folder, self.runtime, self.threads = Path(folder), runtime, check_range('threads', threads, 1, 1024, kind=int)
         self.config, self.forward, self.model = (_open_torch if runtime == 'torch' else _open_onnx)(self.folder, threads)
         self.classes, self.size, self.n_in, self.stats = tuple(self.config['classes']), *(self.config[o] for o in ('size', 'n_in', 'stats'))
 
-    def pixels(self, images, resize=False): return to_pixels(images, self.size, self.n_in, resize)
+        self.background = self.config.get('background') if background is None else background
+
+    def pixels(self, images, resize=False): return to_pixels(images, self.size, self.n_in, resize, self.background)
 
     def __call__(self,
         images, # What `to_pixels` takes
@@ -226,7 +271,7 @@ class Predictor:
         x = self.pixels(images, resize)
         return Prediction(self.classes, np.concatenate([self.forward(normalize_pixels(x[i:i + batch], self.stats)) for i in range(0, len(x), batch)]))
 
-    def __repr__(self): return f"Predictor of '{self.folder.name}' in {self.runtime}: {self.size} x {self.size} x {self.n_in} -> {', '.join(self.classes)}"
+    def __repr__(self): return f"Predictor of '{self.folder.name}' in {self.runtime}: {' x '.join(map(str, _side(self.size)))} x {self.n_in} -> {', '.join(self.classes)}"
 
 # %% ../nbs/10_serve.ipynb #e0851043
 def predict(
@@ -236,9 +281,10 @@ def predict(
     threads:int=1, # Of the processor
     batch:int=256, # Images at once; bounds the memory
     resize:bool=False, # Make files and PIL images of another size or mode fit?
+    background:str|None=None, # What transparent images are laid over, 'white' or 'black'; None: as the folder says, else white with a warning
 )->Prediction:
     "What the model in a folder says about images. The folder is opened and checked at each call: for many calls keep a `Predictor`."
-    return Predictor(folder, runtime, threads)(images, batch, resize)
+    return Predictor(folder, runtime, threads, background)(images, batch, resize)
 
 # %% ../nbs/10_serve.ipynb #b1185239
 def occlusion(
@@ -328,6 +374,7 @@ def explain(
     target:str|int|None=None, # Class to explain, its name or number; None: the predicted one
     threads:int=1, # Of the processor
     resize:bool=False, # Make a file or PIL image of another size or mode fit?
+    background:str|None=None, # What a transparent image is laid over, 'white' or 'black'; None: as the folder says, else white with a warning
 )->Explanation:
     "Where the model in a folder looks. The folder is opened and checked at each call: for many calls keep a `Predictor`."
-    return Predictor(folder, runtime, threads).explain(image, method, target, resize)
+    return Predictor(folder, runtime, threads, background).explain(image, method, target, resize)

@@ -228,7 +228,7 @@ def _quantized_file(model, config, dls, folder, rounds, threads)->tuple: # (answ
     import torch
     from qisal.deploy import export_model, float_onnx
     from qisal.quant import bake, strip
-    out = export_model(bake(model), folder/'export', **{k: config[k] for k in ('classes', 'n_in', 'size', 'stats', 'extra')})
+    out = export_model(bake(model), folder/'export', **{k: config.get(k) for k in ('classes', 'n_in', 'size', 'stats', 'extra', 'background')})
     with tempfile.TemporaryDirectory() as d:
         floats = float_onnx(strip(model), Path(d)/'float.onnx', (config['n_in'], config['size'], config['size']))
         found = file_accuracy(out/'model.onnx', dls.test, threads)

@@ -97,7 +97,7 @@ FAULTS = {
     'config of something else': (put('config.json', b'{"model_type": "bert"}'), 'not that of a qisal model'),
     'config a list': (put('config.json', b'[]'), 'not that of a qisal model'),
     'edited config': (edit(size=32), 'config.json .* was altered'),
-    'newer': (edit(version=2), 'format version 2, this qisal reads 1; update qisal'),
+    'newer': (edit(version=3), 'format version 3, this qisal reads 1 to 2; update qisal'),
     'no weights': (lambda d: (d/'model.safetensors').unlink(), 'model.safetensors is missing'),
     'cut weights': (lambda d: os.truncate(d/'model.safetensors', 4000), 'model.safetensors .* truncated'),
     'empty weights': (lambda d: os.truncate(d/'model.safetensors', 0), 'model.safetensors .* 0 bytes'),

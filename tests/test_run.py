@@ -496,3 +496,178 @@ def test_partial_run_is_shown_as_such(out, template):
 
 def test_load_runs_of_nothing(tmp_path):
     with pytest.raises(BadInput, match='no results folder'): R.load_runs(tmp_path)
+
+
+# ---------------------------------------------------------------- right or wrong of every test image
+
+def some_answers(n=1003, seed=0):
+    import numpy as np
+    right = np.random.default_rng(seed).random((3, n)) < np.array([.9, .5, .2])[:, None]
+    m = dict(accuracy=right[0].mean(), n_test=n, masking=dict(gradient=dict(frac=[0, .1, .2], accuracy=right.mean(1).tolist(), fill='corner', order='morf')),
+             road=dict(morf={}, lerf=dict(gradient=dict(frac=[0], accuracy=[right[1].mean()]))))
+    return right, m, R.pack_correct(right[0], {('gradient', 'corner', 'morf'): right, ('gradient', 'road', 'lerf'): right[1:2]})
+
+def test_answers_are_kept_at_eight_images_a_byte(tmp_path):
+    import hashlib, numpy as np
+    right, m, raw = some_answers()
+    (tmp_path/'correct.npz').write_bytes(raw)
+    with np.load(tmp_path/'correct.npz', allow_pickle=False) as z:
+        assert sorted(z.files) == ['accuracy', 'gradient/corner/morf', 'gradient/road/lerf', 'n_test'] and z['gradient/corner/morf'].shape == (3, 126)
+        assert (z['accuracy'] == np.packbits(right[0])).all() and z['n_test'] == 1003
+    got = R.read_correct(tmp_path, {**m, 'correct': hashlib.sha256(raw).hexdigest()})
+    assert (got['accuracy'] == right[0]).all() and (got['gradient', 'corner', 'morf'] == right).all() and (got['gradient', 'road', 'lerf'] == right[1:2]).all()
+    assert R.read_correct(tmp_path, m) is None  # a run of an earlier version
+    with pytest.raises(BadInput, match='levels x 1003'): R.pack_correct(right[0], {('gradient', 'corner', 'morf'): right[:, :9]})
+
+@pytest.mark.parametrize('change,word', [(lambda m: m.update(accuracy=.5), 'another accuracy'), (lambda m: m.update(n_test=1002), '1003 images instead of 1002'), (lambda m: m['masking'].clear(), 'another curve'),
+    (lambda m: m['masking']['gradient']['accuracy'].pop(), 'another curve'), (lambda m: m['masking']['gradient']['accuracy'].__setitem__(1, .5), 'another curve gradient/corner/morf'), (lambda m: m.update(correct='0'*64), 'altered')])
+def test_answers_that_do_not_add_up_are_not_used(tmp_path, change, word):
+    import hashlib
+    _, m, raw = some_answers()
+    m['correct'] = hashlib.sha256(raw).hexdigest()
+    (tmp_path/'correct.npz').write_bytes(raw)
+    assert R.read_correct(tmp_path, m)
+    change(m)
+    with pytest.raises(BadInput, match=f"correct.npz of run {tmp_path.name} can't be used .*{word}"): R.read_correct(tmp_path, m)
+
+def test_answers_that_are_missing_cut_off_or_pickles(tmp_path):
+    import hashlib, numpy as np
+    _, m, raw = some_answers()
+    def refused(data, word):
+        (tmp_path/'correct.npz').write_bytes(data)
+        with pytest.raises(BadInput, match=word): R.read_correct(tmp_path, {**m, 'correct': hashlib.sha256(data).hexdigest()})
+    with pytest.raises(BadInput, match='No such file'): R.read_correct(tmp_path, {**m, 'correct': 'x'})
+    refused(raw[:200], "can't be used")
+    buffer = R.io.BytesIO(); np.savez(buffer, n_test=np.array([object()], object), accuracy=0)
+    refused(buffer.getvalue(), "can't be used")
+    refused(R.pack_correct([], {}), '0 images instead of 1003')
+
+KEEP = "import numpy as np\nfrom qisal.run import pack_correct\n(here/'correct.npz').write_bytes(pack_correct(np.arange(1000) < %d, {}))"
+
+def test_a_run_seals_its_answers(tmp_path, out, data):
+    m = R.run_one(SPEC, out, make_template(tmp_path/'t.ipynb', KEEP % 500, data=data))
+    assert R.read_correct(folder(out), m)['accuracy'].sum() == 500 and len(m['correct']) == 64 and R.read_metrics(folder(out)) == m
+
+def test_a_run_whose_answers_are_not_its_own_fails(tmp_path, out, data):
+    with pytest.raises(R.RunFailed, match='another accuracy'): R.run_one(SPEC, out, make_template(tmp_path/'t.ipynb', KEEP % 499, data=data))
+    assert not (folder(out)/'metrics.json').exists()
+
+
+# ---------------------------------------------------------------- names are text
+
+def test_braces_in_paths_are_no_places_for_parameters(tmp_path, data):
+    odd = tmp_path/'t {bits} {nothing}'
+    odd.mkdir()
+    out = odd/'o {seed} {} {{x}}'
+    m = R.run_one(SPEC, out, make_template(odd/'{seed}.ipynb', data=data))
+    assert m['accuracy'] == .5 and (folder(out)/'run.ipynb').exists() and sorted(o.name for o in odd.iterdir()) == ['o {seed} {} {{x}}', '{seed}.ipynb']
+    assert [o.name for o in tmp_path.iterdir()] == [odd.name]
+
+def test_a_notebook_that_is_filled_in_a_folder_with_braces(tmp_path):
+    cell = nbformat.v4.new_code_cell("x = 1", metadata=dict(tags=['parameters']))
+    (tmp_path/'{x} {y}').mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell, nbformat.v4.new_code_cell("import os; print(os.getcwd())")]), tmp_path/'{x} {y}'/'{x}.ipynb')
+    nb = R.fill_notebook(tmp_path/'{x} {y}'/'{x}.ipynb', dict(x=2), tmp_path/'{x} {y}')
+    assert nb['cells'][-1]['outputs'][0]['text'] in ([f"{tmp_path/'{x} {y}'}\n"], f"{tmp_path/'{x} {y}'}\n")
+
+def test_names_that_are_no_utf8_are_refused_before_anything(tmp_path, template):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b'/Stra\xdfe')
+    with pytest.raises(BadInput, match=r'output folder .*Stra\\xdfe.* is not UTF-8; rename it'): R.run_one(SPEC, odd, template)
+    assert not os.path.exists(odd)
+    photos = tmp_path/'photos'
+    from PIL import Image
+    for name in (b'b', b'Stra\xdfe'):
+        where = os.fsdecode(os.fsencode(photos) + b'/' + name)
+        os.makedirs(where)
+        for i in range(9): Image.new('L', (28, 28), 20*i).save(f'{where}/{i}.png')
+    with pytest.raises(BadInput, match=r'Stra\\xdfe'): R.run_study([RunSpec(dataset=f'folder:{photos}', epochs=1)], tmp_path/'o', 1, template=template)
+    with pytest.raises(BadInput, match=r'Stra\\xdfe'): R.run_study([RunSpec(dataset=f'folder:{os.fsdecode(os.fsencode(photos) + b"/Stra" + bytes([0xdf]) + b"e")}', epochs=1)], tmp_path/'o', 1, template=template)
+    assert not list((tmp_path/'o').rglob('spec.json'))
+    assert R.check_text('x', 'für 数字 $$ {seed}') == 'für 数字 $$ {seed}'
+
+def test_a_lone_value_is_one_value():
+    import numpy as np
+    g = R.grid('smoke', datasets='mnist', bits='32', guided='off', seeds=3)
+    assert [(o.dataset, o.bits, o.guided, o.seed) for o in g] == [('mnist', '32', False, 3)]
+    assert R.grid('smoke', bits=4, guided=True) == R.grid('smoke', bits=['4'], guided=['on']) == R.grid('smoke', bits=[4.], guided=[np.bool_(True)]) == R.grid('smoke', bits='4.0', guided=np.bool_(True))
+
+
+# ---------------------------------------------------------------- whatever the locale
+
+LOCALES = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+
+def in_c_locale(code):
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, encoding='utf-8', env={**os.environ, **LOCALES}, timeout=300)
+
+def test_studies_are_read_and_written_as_utf8(tmp_path, data):
+    "The kernel writes and prints what no ASCII holds, under a locale that knows nothing else."
+    t = make_template(tmp_path/'t.ipynb', "print('für 数字')\nos.write(2, 'schön'.encode())", data=data)
+    nb = nbformat.read(t, 4)
+    nb.cells[-1].source = nb.cells[-1].source.replace('provenance={}', "provenance=dict(who='für 数字')").replace("json.dumps(result)", "json.dumps(result, ensure_ascii=False), encoding='utf-8'")
+    nbformat.write(nb, t)
+    r = in_c_locale(f'''from qisal import run as R
+specs = R.grid('smoke', bits='4', guided=False, epochs=1)
+df = R.run_study(specs, {str(tmp_path/"o")!r}, 1, template={str(t)!r}, say=lambda o: None)
+print(list(df.status), ascii(R.load_runs({str(tmp_path/"o")!r})[0]['metrics']['provenance']['who']))''')
+    assert r.returncode == 0 and r.stdout.split('\n')[0] == "['done'] 'f\\xfcr \\u6570\\u5b57'", r.stderr[-800:]
+    run = next((tmp_path/'o'/'runs').iterdir())
+    assert 'für 数字' in (run/'run.ipynb').read_text(encoding='utf-8') and 'schön' in (run/'log.txt').read_text(encoding='utf-8')
+
+def test_a_name_that_the_locale_cant_read_is_told_from_one_that_is_no_text(tmp_path):
+    r = in_c_locale(f'''import os
+from qisal.core import check_text
+try: check_text('the output folder', os.fsdecode({os.fsencode("für")!r}))
+except Exception as e: print(type(e).__name__, ascii(str(e)))''')
+    assert r.stdout.startswith("BadInput ") and "can't be read under this locale; set PYTHONUTF8=1" in r.stdout, r.stderr[-800:]
+
+
+# ---------------------------------------------------------------- the real template
+
+def changed_template(path, after, code):
+    "The real template with one cell more."
+    nb = nbformat.read(R.check_template(), 4)
+    i = next(i for i, c in enumerate(nb.cells) if after in c.source)
+    nb.cells.insert(i + 1, nbformat.v4.new_code_cell(code))
+    nbformat.write(nb, path)
+    return path
+
+@pytest.fixture(scope='module')
+def drawn_blank(tmp_path_factory):
+    "A study of one run on a small folder of images with odd class names, in which no figure can be drawn."
+    from PIL import Image
+    tmp = tmp_path_factory.mktemp('real')
+    for k, name in enumerate(('$$', '$1', '数')):
+        (tmp/'photos {seed}'/name).mkdir(parents=True)
+        for i in range(15): Image.new('L', (28, 28), (37*i + 80*k) % 256).save(tmp/'photos {seed}'/name/f'{i}.png')
+    t = changed_template(tmp/'t.ipynb', 'def keep_figure', "from matplotlib.figure import Figure\ndef no(*a, **k): raise RuntimeError('no ink')\nFigure.savefig = no")
+    spec = RunSpec(dataset=f'folder:{tmp/"photos {seed}"}', epochs=1, bits=4, attributions=['gradient'])
+    return tmp, spec, R.run_one(spec, tmp/'o {seed}', t)
+
+def test_figures_that_cant_be_drawn_cost_no_numbers(drawn_blank):
+    from qisal.report import make_report
+    tmp, spec, m = drawn_blank
+    assert set(m['failed_figures']) == {'batch', 'filmstrip', 'history', 'masking', 'saliency', 'alphas'} and set(m['failed_figures'].values()) == {'RuntimeError: no ink'}
+    where = tmp/'o {seed}'/'runs'/spec.run_id
+    log, page = (where/'log.txt').read_text(encoding='utf-8'), make_report(tmp/'o {seed}').read_text(encoding='utf-8')
+    assert all(f"The figure '{o}' could not be drawn (RuntimeError: no ink)" in log for o in m['failed_figures'])
+    assert 'could not be drawn' in page and 'filmstrip' in page and 'no ink' in page and '<th scope=row>$$</th>' in page.replace('class="h" ', '')
+    assert (where/'run.ipynb').is_file() and (where/'maps.npz').is_file() and not list(where.rglob('*.png'))
+
+def test_the_real_template_keeps_every_answer_and_the_random_control(drawn_blank):
+    tmp, spec, m = drawn_blank
+    right = R.read_correct(tmp/'o {seed}'/'runs'/spec.run_id, m)
+    assert set(right) == {'accuracy', ('gradient', 'corner', 'morf'), ('gradient', 'road', 'morf'), ('gradient', 'road', 'lerf'), ('random', 'corner', 'morf'), ('random', 'road', 'morf')}
+    assert set(m['masking']) == {'gradient', 'random'} and len(right['accuracy']) == m['n_test'] == 9
+
+@pytest.mark.parametrize('name', ['90_experiment', '91_study', '80_benchmark'])
+def test_unknown_parameters_of_notebooks_are_refused(tmp_path, name):
+    "papermill itself only warns. Only the first cells are executed: they must refuse."
+    import papermill
+    nb = nbformat.read(Path(R.check_template()).parent/f'{name}.ipynb', 4)
+    first = next(i for i, c in enumerate(nb.cells) if 'user_ns_hidden' in c.source)
+    nb.cells = nb.cells[:first + 1]
+    nbformat.write(nb, tmp_path/'t.ipynb')
+    with pytest.raises(papermill.PapermillExecutionError, match="parameter 'bitz' is unknown"): papermill.execute_notebook(str(tmp_path/'t.ipynb'), None, dict(bitz=4), progress_bar=False, kernel_name='python3', language='python')
+    if name == '90_experiment':
+        papermill.execute_notebook(str(tmp_path/'t.ipynb'), str(tmp_path/'o.ipynb'), dict(bits=4, out=str(tmp_path/'new'/'folder')), progress_bar=False, kernel_name='python3', language='python')
+        assert (tmp_path/'new'/'folder').is_dir() and 'mnist-small_cnn-b4-guided-s0' in (tmp_path/'o.ipynb').read_text(encoding='utf-8')

@@ -219,7 +219,7 @@ def test_no_file_may_be_missing_or_altered(trained, tmp_path, runtime, name, how
 CONFIG = {
     'an edited class': (lambda d: (d/'config.json').write_text((d/'config.json').read_text().replace('"classes": [\n  "0"', '"classes": [\n  "nil"')), 'config.json .* was altered'),
     'other statistics': (lambda d: (d/'config.json').write_text((d/'config.json').read_text().replace('0.1307', '0.1308')), 'config.json .* was altered'),
-    'a newer format': (lambda d: seal(d, lambda c: c.update(version=2)), r'format version 2, this qisal reads 1; update qisal \(pip install -U qisal\)'),
+    'a newer format': (lambda d: seal(d, lambda c: c.update(version=3)), r'format version 3, this qisal reads 1 to 2; update qisal \(pip install -U qisal\)'),
     'a version that is no number': (lambda d: seal(d, lambda c: c.update(version='one')), 'format version one'),
     'a file above the folder': (lambda d: (seal(d), seal_extra(d, '../x')), "names '../x', a file outside of the folder"),
     'an absolute path': (lambda d: seal_extra(d, os.path.abspath(os.sep) + 'x'), 'a file outside of the folder'),
