@@ -249,30 +249,55 @@ class InputQuant(nn.Module):
         bits:int=8, # 2 to 8
     ):
         super().__init__()
-        lo, hi = min(check_range('lo', lo), 0.), max(check_range('hi', hi), 0.)
-        if not lo < hi: raise BadInput(f"The inputs span [{lo}, {hi}]; a quantizer needs a range. Check the data and its normalisation.")
-        self.lo, self.hi, self.bits = lo, hi, check_range('bits', bits, 2, 8, kind=int)
+        self.bits = check_range('bits', bits, 2, 8, kind=int)
         self.n = 2**bits - 1
-        self.scale = (hi - lo)/self.n
-        self.zero_point = round(-lo/self.scale)
+        self.set_range(lo, hi)
 
     def codes(self, x):
         "Integers 0 to 2**bits - 1, in float dtype."
         return (x/self.scale).round_().add_(self.zero_point).clamp_(0, self.n)
 
-    def forward(self, x):
-        x = _plain(x)
-        with torch.no_grad(): q = self.codes(x.float()).sub_(self.zero_point).mul_(self.scale).to(x.dtype)
-        return _Replace.apply(x, q) if x.requires_grad else q
+    def forward(self, x): return _Replace.apply(_plain(x), self)
 
     def extra_repr(self): return f'lo={self.lo:.4g}, hi={self.hi:.4g}, bits={self.bits}, zero_point={self.zero_point}'
 
 class _Replace(torch.autograd.Function):
-    "Gives `q` and hands the gradient to `x`."
+    "Gives an input on its grid and hands the gradient through."
     @staticmethod
-    def forward(ctx, x, q): return q.view_as(q)
+    def forward(ctx, x, grid): return grid.codes(x.float()).sub_(grid.zero_point).mul_(grid.scale).to(x.dtype)
     @staticmethod
     def backward(ctx, grad): return grad, None
+
+# %% ../nbs/03_quant.ipynb #42a6edbd
+@patch
+def set_range(self:InputQuant,
+    lo:float, # Smallest value an input can take; 0 where it is above 0, since the grid holds 0
+    hi:float, # Largest value, above `lo`; 0 where it is below 0
+):
+    "Span the grid over [lo, hi]: sets `lo`, `hi`, `scale` and `zero_point`. Raises `BadInput` where that is no range."
+    lo, hi = min(check_range('lo', lo), 0.), max(check_range('hi', hi), 0.)
+    if not torch.finfo(torch.float32).tiny < (hi - lo)/self.n < torch.finfo(torch.float32).max:
+        raise BadInput(f"The inputs span [{lo}, {hi}]; a quantizer needs a range that float32 can divide. Check the data and its normalisation.")
+    self.lo, self.hi, self.scale = lo, hi, (hi - lo)/self.n
+    self.zero_point = round(-lo/self.scale)
+
+@patch
+def get_extra_state(self:InputQuant)->torch.Tensor: # int64, shape (2,): the bits of `lo` and `hi` in float64
+    "What `state_dict` holds of the grid."
+    return torch.tensor([self.lo, self.hi], dtype=torch.float64, device='cpu').view(torch.int64)
+
+@patch
+def set_extra_state(self:InputQuant,
+    state:torch.Tensor, # As `get_extra_state` gave it
+):
+    "What `load_state_dict` does with it."
+    if state.dtype != torch.int64 or state.shape != (2,): raise BadInput(f"The input grid in this checkpoint is a {tuple(state.shape)} tensor of {state.dtype}, not two numbers in int64; something converted it. Load the checkpoint as it was saved.")
+    self.set_range(*state.cpu().view(torch.float64).tolist())
+
+@patch
+def _load_from_state_dict(self:InputQuant, state_dict, prefix, *args):
+    state_dict.setdefault(prefix + '_extra_state', self.get_extra_state())  # a checkpoint without a grid: keep ours
+    nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
 # %% ../nbs/03_quant.ipynb #8164ccbb
 @dataclass(frozen=True)
