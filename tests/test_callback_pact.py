@@ -222,7 +222,7 @@ def test_removed_callback_keeps_the_model_quantized(tmp_path):
     cb = pact()
     learn = make(tmp_path)
     learn.fit(1, 1e-2, cbs=cb)
-    assert not hasattr(learn, 'pact') and len(quant_layers(learn.model)) == 5
+    assert learn.pact is cb and cb not in learn.cbs and len(quant_layers(learn.model)) == 5
     assert list(cb.alphas().layer) == list(pacts(learn.model)) and quant_layers(cb.bake())
     assert not any(isinstance(m, PACT) for m in cb.strip().modules())
 
