@@ -68,13 +68,14 @@ def add_alpha_group(
     "Put `alphas` into a parameter group of their own at position 0, taking them out of any other. Doing it twice changes nothing."
     levels, own = _levels(opt), {'wd': 0., **({} if lr is None else {'lr': lr})}
     keeper = levels[-1]
-    if not _holds(keeper, alphas): _insert(levels, alphas, own)
+    if not _holds(keeper, alphas): _insert(levels, alphas)
     keeper.alpha_hypers, keeper.alpha_decay, keeper.step = own, decay, partial(_step, keeper)
     for o in levels:
         o.set_hyper, o.freeze_to = partial(_set_hyper, o), partial(_freeze_to, o)
         if not (_holds(o, alphas) and len(o.param_lists) == len(o.hypers)):
             raise BadInput(f"{type(o).__name__} keeps {len(o.param_lists)} parameter lists and {len(o.hypers)} sets of hyper-parameters after PACT's alphas were added: "
                            "it can't train them. Use an optimizer of fastai, Lookahead around one, or a torch optimizer in OptimWrapper.")
+    for k in keeper.hypers[0].keys() & {'lr', 'wd'}: _set_hyper(keeper, k, [h[k] for h in keeper.hypers[1:]])
     for p in alphas: keeper.state.setdefault(p, {})['force_train'] = True  # `freeze` leaves alpha alone
     return opt
 
@@ -83,29 +84,25 @@ def _has_group(opt): return 'alpha_hypers' in vars(_levels(opt)[-1])
 def _holds(opt, alphas): return _has_group(opt) and {id(p) for p in alphas} == {id(p) for p in opt.param_lists[0]}
 
 # %% ../../nbs/04_callback.pact.ipynb #5b1f0c77
-def _insert(levels, alphas, own):
+def _insert(levels, alphas):
     "Alpha's group, into the innermost optimizer; what the wrappers keep a parameter is put into the same order."
     keeper, ids, old = levels[-1], {id(p) for p in alphas}, [list(pl) for pl in levels[-1].param_lists]
     if _has_group(keeper): _drop_group(keeper)
     keeper.param_lists = L((L if isinstance(pl, L) else list)(p for p in pl if id(p) not in ids) for pl in keeper.param_lists)
-    if isinstance(keeper, OptimWrapper): _insert_torch(keeper, alphas, own)
+    if isinstance(keeper, OptimWrapper): _insert_torch(keeper, alphas)
     else:
         keeper.param_lists = L([L(alphas), *keeper.param_lists])
-        keeper.hypers = L([{**keeper.hypers[-1], **own}, *keeper.hypers])
-    keeper.alpha_hypers = own
+        keeper.hypers = L([dict(keeper.hypers[-1]), *keeper.hypers])
     for o in levels[:-1]:
         if vars(o).get('slow_weights') is None: continue  # no Lookahead, or before its first step
         slow = {id(p): s for pl, sl in zip(old, o.slow_weights) for p, s in zip(pl, sl)}
         o.slow_weights = L(L(slow.get(id(p), p.detach().clone()) for p in pl) for pl in keeper.param_lists)
 
-def _insert_torch(opt, alphas, own):
+def _insert_torch(opt, alphas):
     "The group of a wrapped torch optimizer."
     group = {k: v for k, v in opt.opt.param_groups[-1].items() if k != 'params'}
     opt.opt.add_param_group({**group, 'params': list(alphas)})
     opt.opt.param_groups.insert(0, opt.opt.param_groups.pop())
-    hypers = opt.hypers
-    for k, v in own.items():
-        if k in hypers[0]: opt._set_hyper(k, [v, *[h[k] for h in hypers[1:]]])
 
 def _drop_group(opt):
     "Take group 0 out again (the model has other alphas now)."
@@ -167,7 +164,7 @@ def before_fit(self:PACTCallback):
 def before_train(self:PACTCallback):
     net = bare_model(self.learn.model)
     if (name := _first_baked(net)) is not None: raise BadInput(
-        f"{name} is baked: its weights are on their grid for good, and training would leave it. Train the network that was baked, "
+        f"{name} ({type(net.get_submodule(name)).__name__}) is baked: its weights are on their grid for good, and training would leave it. Train the network that was baked, "
         "or start again from these weights: learn.model = qisal.quant.strip(learn.model); learn.create_opt().")
     if self.foreign: raise BadInput("The optimizer holds no weight of learn.model, which was replaced after the optimizer was made: nothing would train. "
                                     "Make a new one: learn.create_opt(), or fit(..., reset_opt=True).")
@@ -316,10 +313,11 @@ def _range(self:PACTCallback):
     "The input range: as told, or that of the learner's training data, which is measured once a loader."
     if self.input_range is not None: return self.input_range
     dl = self.learn.dls.train
+    dl = getattr(dl, '__dict__', {}).get('dl', dl)  # fastai's `DistributedDL` holds the loader that it splits
     of, found = self._measured
     if of is None or of() is not dl:
         found = input_range(dl)
-        self._measured = weakref.ref(dl), found
+        if hasattr(type(dl), '__weakref__'): self._measured = weakref.ref(dl), found  # a plain list has none: measured each time
     return found
 
 @patch
