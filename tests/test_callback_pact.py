@@ -26,7 +26,7 @@ from fastai.vision.augment import Brightness
 from fastai.vision.data import ImageDataLoaders, Normalize
 
 from qisal import quant
-from qisal.callback.pact import PACTCallback, add_alpha_group, bare_model, clip_shares, input_range, some_batches
+from qisal.callback.pact import PACTCallback, _some_batches, add_alpha_group, bare_model, clip_shares, find_input_range
 from qisal.core import BadInput, set_seed
 from qisal.data import get_dls
 from qisal.models import lenet5, resnet20, small_cnn
@@ -650,9 +650,9 @@ def test_a_validation_set_that_is_sorted_dark_class_first(tmp_path):
 def test_an_end_that_several_batches_reach_gets_no_margin(tmp_path):
     x = torch.rand(200, 1, 8, 8)*.8 + .1
     x[::4, 0, 0, 0], x[7, 0, 0, 0] = -1., 3.  # black in many images, one bright point
-    lo, hi = input_range(TorchLoader(TensorDataset(x, torch.zeros(200).long()), 25))
+    lo, hi = find_input_range(TorchLoader(TensorDataset(x, torch.zeros(200).long()), 25))
     assert lo == -1. and hi == pytest.approx(3.4)
-    lo, hi = input_range(TorchLoader(TensorDataset(x[:, :, 1:], torch.zeros(200).long()), 25))
+    lo, hi = find_input_range(TorchLoader(TensorDataset(x[:, :, 1:], torch.zeros(200).long()), 25))
     top = x[:, :, 1:].max().item()
     assert lo == x[:, :, 1:].min().item() > 0 and top < hi < top + .1
 
@@ -719,7 +719,7 @@ def test_plain_torch_loaders(tmp_path, name, train):
 
 def test_a_batch_drawn_from_a_subset_holds_only_its_images():
     dl = TorchLoader(TensorDataset(torch.arange(64.)[:, None], torch.zeros(64)), 8, sampler=SubsetRandomSampler(range(5, 40)))
-    x = torch.cat(some_batches(dl, 8))
+    x = torch.cat(_some_batches(dl, 8))
     assert sorted(x.flatten().tolist()) == list(range(5, 40))
 
 
