@@ -64,9 +64,10 @@ def test_alpha_trains_wherever_it_is_added(tmp_path, where, opt):
     learn = make(tmp_path, pact() if where == 'init' else None, **kw)
     if where == 'add_after_fit': learn.fit(1)
     if where in ('add_cb', 'add_after_fit'): learn.add_cb(pact())
-    if where == 'fit': learn.fit(1, 1e-2, cbs=pact())
-    elif where == 'one_cycle': learn.fit_one_cycle(1, 1e-2, cbs=pact())
-    else: learn.fit_one_cycle(1, 1e-2)
+    lr = .1 if opt == 'sgd' else .01  # SGD's steps are as small as the gradients
+    if where == 'fit': learn.fit(1, lr, cbs=pact())
+    elif where == 'one_cycle': learn.fit_one_cycle(1, lr, cbs=pact())
+    else: learn.fit_one_cycle(1, lr)
     assert len(pacts(learn.model)) == 4 and len(quant_layers(learn.model)) == 5
     assert all(abs(a - START) > 1e-6 for a in alphas(learn)), alphas(learn)
     groups_ok(learn)
