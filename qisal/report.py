@@ -540,10 +540,21 @@ def _share(g, column)->dict:
     g = g[g[column].notna()] if g is not None else ()
     return _interval(g.assign(accuracy=g[column])) if len(g) else dict(accuracy=math.nan, low=math.nan, high=math.nan)
 
-def _after_row(full, bits, g)->dict:
+def _paired_files(study, g, full, bits)->dict: # low, high and basis; {} where a file's answers were not kept
+    "The interval of one seed's file against the float network quantized after training, paired by image."
+    from qisal.worth import unpack_answers
+    seed, = set(g.seed[g.file_accuracy.notna()]) & set(full.seed[full[f'after_{bits}'].notna()])
+    mine, other = (study.run(rows.run_id[rows.seed == seed].iloc[0]) for rows in (g, full))
+    after = next(o for o in other['shipped']['after_training'] if (o['by'], o['bits']) == ('qisal', bits))
+    x, y = (unpack_answers(o, run['metrics']['n_test']) for o, run in ((mine['shipped'], mine), (after, other)))
+    if x is None or y is None: return {}
+    return dict(zip(('low', 'high'), paired_newcombe_interval(*(int(o.sum()) for o in (x & y, x & ~y, ~x & y, ~x & ~y)))[1:]), basis='paired')
+
+def _after_row(study, full, bits, g)->dict:
     "One width: a float setting quantized after training, and a setting trained at that width (None: there is none)."
     first = full.iloc[0]
     d = None if g is None else setting_difference(g.assign(accuracy=g.file_accuracy), full.assign(accuracy=full[f'after_{bits}']), 'accuracy')
+    if d and d['basis'] == 'images': d |= _paired_files(study, g, full, bits)
     row = dict(dataset=first.dataset, arch=first.arch, guided=bool(first.guided), bits=bits, label=g.label.iloc[0] if g is not None else f"{bits_name(bits)}{', guided' if first.guided else ''}")
     shares = dict(float=_share(full, 'file_accuracy'), trained=_share(g, 'file_accuracy'), after=_share(full, f'after_{bits}'), theirs=_share(full if bits == '8' else None, 'after_theirs'))
     for name, o in shares.items(): row |= {name: o['accuracy'], f'{name}_low': o['low'], f'{name}_high': o['high']}
@@ -558,7 +569,7 @@ def after_table(
     for key, full in t[(t.bits == '32') & t.after_8.notna()].groupby('group', sort=False) if len(t) else ():
         for bits in _AFTER:
             trained = t[(t.full == key) & (t.bits == bits) & t.file_accuracy.notna()]
-            rows += [_after_row(full, bits, g) for g in ([o for _, o in trained.groupby('group', sort=False)] or [None])]
+            rows += [_after_row(study, full, bits, g) for g in ([o for _, o in trained.groupby('group', sort=False)] or [None])]
     names = [f'{o}{e}' for o in ('float', 'trained', 'after', 'theirs') for e in ('', '_low', '_high')]
     return pd.DataFrame(rows, columns=['dataset', 'arch', 'guided', 'bits', 'label', *names, 'mean', 'low', 'high', 'seeds', 'basis'])
 
@@ -911,7 +922,7 @@ def _alpha_table(df, title)->dict:
     bound = df[df.touched.astype(bool)]
     note = 'In brackets: the share of the activations that alpha clips. '
     note += f"† An alpha touched its lower bound during training ({'; '.join(sorted({f'{r.label}, {names[r.layer]}' for r in bound.itertuples()}))}): it was held there, and the numbers of that setting deserve distrust." if len(bound) else 'No alpha touched its lower bound.'
-    note += f" Layers are counted in the network’s order; their names in the code: {', '.join(f'{v} is {k}' for k, v in names.items())}."
+    note += f" Layers are counted in the network’s order; their names in the code, in this order: {', '.join(names)}."
     return _table(f'{title}: the clipping level alpha of each activation layer', ['setting', *[f'>{o}' for o in names.values()]], rows, note)
 
 def _cost_table(study)->dict|None:
@@ -957,7 +968,7 @@ def _after_tables(study)->list:
                  _num(a['mean'][r.Index], 2, 100, True), _cell('–' if math.isnan(r.low) else f'{_points(r.low, 2)} to {_points(r.high, 2)}', 'n'), _cell(r.seeds or '–', 'n')] for r in g.itertuples()]
         res.append(_table(f'{dataset_name(d)}: accuracy of the files / %', ['setting', '>trained', '>95 % interval', '>calibrated', '>95 % interval', '>onnxruntime', '>float', '>gain / points', '>95 % interval', '>seeds'], rows))
     if len(res): res[-1]['note'] = ('Trained: with quantization, at this width; – where nothing was. Calibrated: the float network, its weights by SAWB, its alphas set on training images, first and last layer at 8 bits as in training. '
-        'onnxruntime: the float network by its static quantizer, 8 bits in all layers, one scale a channel. Gain: trained minus calibrated.')
+        'onnxruntime: the float network by its static quantizer, 8 bits in all layers, one scale a channel. Gain: trained minus calibrated; its interval is ' + ' or '.join(_BASIS[o] for o in dict.fromkeys(a.basis[a.basis != 'none'])) + '.')
     return res
 
 # %% ../nbs/12_report.ipynb #140b6723
@@ -1162,7 +1173,7 @@ _PAGE = """<!DOCTYPE html>
 {% if grids %}<section aria-labelledby="maps"><h2 id="maps">Saliency maps</h2><p>The first test image of each class and, for each network of the first seed, the magnitude of the true class’s gradient: black is none, light yellow the most. Each map has its own scale. A red arrow names a wrong prediction.</p>{% for g in grids %}{{ grid(g) }}{% endfor %}</section>{% endif %}
 {% if alphas %}<section aria-labelledby="alphas"><h2 id="alphas">Clipping levels</h2><p>PACT learns for each activation layer the level alpha at which it clips. A small alpha means a fine grid and many clipped values.</p>{% for t in alphas %}{{ table(t) }}{% endfor %}</section>{% endif %}
 {% if cost %}<section aria-labelledby="cost"><h2 id="cost">Cost</h2>{{ table(cost) }}</section>{% endif %}
-{% if ships %}<section aria-labelledby="ships"><h2 id="ships">What ships</h2>{% if ships.tables %}<p>Each network as the file that leaves the house: its real bytes, scales, biases and structure included, its answers on the whole test set in onnxruntime, and its time there next to the float network’s.</p>{% for t in ships.tables %}{{ table(t) }}{% endfor %}{% endif %}{% for n in ships.notes %}<p class="note">{{ n }}</p>{% endfor %}</section>{% endif %}
+{% if ships %}<section aria-labelledby="ships"><h2 id="ships">What ships</h2>{% if ships.tables %}<p>Each network as the file that is shipped: its real bytes, scales, biases and structure included, its answers on the whole test set in onnxruntime, and its time there next to the float network’s.</p>{% for t in ships.tables %}{{ table(t) }}{% endfor %}{% endif %}{% for n in ships.notes %}<p class="note">{{ n }}</p>{% endfor %}</section>{% endif %}
 {% if after %}<section aria-labelledby="after"><h2 id="after">Quantized after training</h2><p>What did it buy to train with quantization? The float networks of this study were also quantized without training, by calibration on a few hundred training images. {{ after.gain.text }}</p>{% if after.gain.caveat %}<p class="note">{{ after.gain.caveat }}</p>{% endif %}{{ figure(after.figure) }}{% for t in after.tables %}{{ table(t) }}{% endfor %}</section>{% endif %}
 {% if times %}<section aria-labelledby="times"><h2 id="times">Run times</h2>{{ table(times) }}</section>{% endif %}
 <section aria-labelledby="failures"><h2 id="failures">Failures</h2>{% if failures %}<p>These runs ended with an error and are in no table or figure above.</p>{{ table(failures) }}{% else %}<p>No run failed.</p>{% endif %}
