@@ -8,7 +8,7 @@ __all__ = ['ORDERS', 'FRACS', 'SIMILARITIES', 'keep_rng', 'pixel_rank', 'road_fi
            'sanity_check', 'wilson_interval', 'mean_interval', 'paired_difference', 'bootstrap_interval']
 
 # %% ../nbs/07_metrics.ipynb #18756263
-import copy, math, random
+import copy, math, random, warnings
 from contextlib import contextmanager
 from itertools import product
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader as TorchDataLoader, RandomSampler
 
 from .core import ATTRIBUTIONS, FILLS, BadInput, check_in, check_range
 from .data import DataLoader as FastaiDataLoader, DataLoaders
-from .saliency import attribute, eval_mode, feature_saliency, fill_values, n_masked, saliency_gradient
+from .saliency import attribute, eval_mode, feature_saliency, fill_values, n_masked, saliency_gradient, standard_normal
 
 # %% ../nbs/07_metrics.ipynb #de073071
 @contextmanager
@@ -127,10 +127,19 @@ FRACS = tuple(i/10 for i in range(10))
 def pixel_rank(
     saliency:torch.Tensor, # N x H x W, larger means more important
     order:str='morf', # 'morf': the most important pixel gets rank 0; 'lerf': the least important one
+    ties:torch.Tensor=None, # N x H x W random numbers: of equal pixels the one with the smallest goes first; None: drawn with seed 0
 )->torch.Tensor: # N x H x W int64, in each image a permutation of 0 ... H*W - 1
-    "The turn in which each pixel is removed; equal values in the order of their position."
+    "The turn in which each pixel is removed; chance decides between equal values, the same chance on every device."
     check_in('order', order, ORDERS)
-    turn = saliency.flatten(1).argsort(dim=1, descending=order == 'morf', stable=True)
+    sort = lambda s: s.argsort(dim=1, descending=order == 'morf', stable=True)
+    s = saliency.flatten(1)
+    turn = sort(s)
+    ranked = s.gather(1, turn)
+    tied = (ranked[:, 1:] == ranked[:, :-1]).any(1)
+    if tied.any():  # only these images are sorted again, from a random order
+        if ties is None: ties = torch.rand(saliency.shape, generator=torch.Generator().manual_seed(0))
+        mixed = ties.flatten(1).to(s.device)[tied].argsort(dim=1, stable=True)
+        turn[tied] = mixed.gather(1, sort(s[tied].gather(1, mixed)))
     rank = torch.empty_like(turn).scatter_(1, turn, torch.arange(turn.shape[1], device=turn.device).expand_as(turn))
     return rank.view_as(saliency)
 
@@ -150,6 +159,11 @@ def _as_maps(a, x):
     if not torch.isfinite(a).all(): raise BadInput("the attribution holds NaN or infinity, which can't be ranked; check the model's weights and the attribution.")
     return a
 
+def _blank(maps):
+    "Which maps N x H x W prefer no pixel? All of one value, but for float32's rounding."
+    low, high = maps.flatten(1).aminmax(dim=1)
+    return high - low <= 1e-6*high.abs()
+
 def _maps(model, x, y, method, draws, kw):
     "(importances N x H x W, the model's logits or None where the attribution doesn't yield them on its way)."
     if method == 'random': return torch.rand((len(x), *x.shape[2:]), generator=draws['control']).to(x.device), None
@@ -158,8 +172,7 @@ def _maps(model, x, y, method, draws, kw):
             xg = x.clone().requires_grad_()
             pred = _check_logits(model(xg), len(y), int(y.max()))
             return _as_maps(saliency_gradient(pred, xg, y), x), pred.detach()
-        if method == 'smoothgrad': kw = {'generator': draws['smoothgrad'], **kw}
-        a = method(model, x, y) if callable(method) else attribute(model, x, y, method, **kw)
+        a = method(model, x, y) if callable(method) else attribute(model, x, y, method, **{'generator': draws['smoothgrad'], **kw})
     return _as_maps(a, x), None
 
 # %% ../nbs/07_metrics.ipynb #76053384
@@ -198,21 +211,17 @@ def road_fill(
     tol:float=1e-5, # An image is done when no equation is off by more than this times its largest magnitude
     max_iter:int=1000, # Largest number of iterations; 40 do for 28 x 28 pixels
 )->torch.Tensor: # New images N x C x H x W; kept pixels are untouched
-    "Noisy linear imputation (Rong et al. 2022) of all images at once. Raises `BadInput` if a mask leaves nothing."
+    "Noisy linear imputation (Rong et al. 2022) of all images at once, solved in float32 or better. Raises `BadInput` if a mask leaves nothing."
     if mask.dtype != torch.bool or mask.shape != (len(x), *x.shape[2:]): raise BadInput(f"mask is {mask.dtype} {tuple(mask.shape)}; it must be bool {(len(x), *x.shape[2:])}.")
     if mask.flatten(1).all(1).any(): raise BadInput("a mask removes every pixel of an image; keep at least one to fill the rest from.")
-    hole = mask[:, None].to(x.dtype)
-    known = x*(1 - hole)
+    wide = x if x.dtype == torch.float64 else x.float()
+    hole = mask[:, None].to(wide.dtype)
+    known = wide*(1 - hole)
     mean = known.sum((-1, -2), keepdim=True)/(1 - hole).sum((-1, -2), keepdim=True)
     total = _neighbours(torch.ones_like(hole[:1]))
     v = _solve(hole, _neighbours(known), total, hole*mean, tol*known.abs().amax((-1, -2), keepdim=True), max_iter)
-    if not isinstance(noise, torch.Tensor): noise = noise*_normal(x.shape, generator).to(x)
-    return torch.where(mask[:, None], v + noise, x)
-
-def _normal(shape, generator):
-    "Standard normal numbers that come out the same whether drawn for one batch or for two halves of it."
-    u = torch.rand(shape, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
-    return (math.sqrt(2)*torch.erfinv(2*u - 1)).float()
+    if not isinstance(noise, torch.Tensor): noise = noise*standard_normal(x.shape, generator).to(x.device)
+    return torch.where(mask[:, None], (v + noise).to(x.dtype), x)
 
 # %% ../nbs/07_metrics.ipynb #07f5d258
 def _in_best_layout(model):
@@ -235,6 +244,20 @@ def _check_mask_fill(fill):
     if isinstance(fill, str): return check_in('fill', fill, (*FILLS, 'road'))
     return check_range('fill', fill)
 
+def _kw_of(kw, start, n):
+    "Arguments for images `start` to `start + n`: a baseline for each image is cut out."
+    base = kw.get('baseline')
+    if not _per_image(base): return kw
+    if len(base) < start + n: raise BadInput(f"the baseline has {len(base)} images, the data more; give one for all, or one for each.")
+    return {**kw, 'baseline': base[start:start + n]}
+
+def _per_image(base): return isinstance(base, torch.Tensor) and base.ndim == 4 and len(base) > 1
+
+def _check_used(kw, n):
+    "Baselines per image must have been one for each of all `n` images."
+    base = kw.get('baseline')
+    if _per_image(base) and len(base) != n: raise BadInput(f"the baseline has {len(base)} images, the data {n}; give one for all, or one for each.")
+
 def _streams(seed, names):
     "A generator for each name, independent of the others and of how many there are."
     return {o: torch.Generator().manual_seed(int(np.random.SeedSequence([seed, *map(ord, o)]).generate_state(1)[0])) for o in names}
@@ -245,25 +268,33 @@ def _fillers(x, fills, draws):
         new = fill_values(x, fill, draws['fill'])
         return lambda mask: torch.where(mask[:, None], new, x)
     def road():
-        noise = .01*_normal(x.shape, draws['road']).to(x)
+        noise = .01*standard_normal(x.shape, draws['road']).to(x.device)
         return lambda mask: road_fill(x, mask, noise)
     return {o: road() if o == 'road' else paint(o) for o in fills}
 
 # %% ../nbs/07_metrics.ipynb #b8bfb5bf
 @torch.no_grad()
-def _judge(model, run, x, y, methods, orders, fills, levels, draws, kw):
-    "Right or wrong for one batch, methods x fills x orders x levels x images; `run` is the model's forward pass for masked images."
+def _judge(model, run, x, y, methods, orders, fills, levels, draws, own, kw):
+    "(right or wrong, methods x fills x orders x levels x images; blank maps, methods x images) of one batch; `run` is the forward pass."
     right = torch.zeros(len(methods), len(fills), len(orders), len(levels), len(y), dtype=torch.bool, device=x.device)
+    blank = torch.zeros(len(methods), len(y), dtype=torch.bool, device=x.device)
     top, filler, clean = int(y.max()), _fillers(x, fills, draws), None
     correct = lambda out: _check_logits(out, len(y), top).argmax(1) == y
+    ties = torch.rand((len(x), *x.shape[2:]), generator=draws['ties'])
     for i, (name, m) in enumerate(methods.items()):
-        maps, out = _maps(model, x, y, m, draws, kw.get(name, {}))
+        maps, out = _maps(model, x, y, m, own[name], kw.get(name, {}))
+        blank[i] = _blank(maps)
         if clean is None and 0 in levels: clean = correct(run(x) if out is None else out)
         for j, order in enumerate(orders):
-            rank = pixel_rank(maps, order).to(torch.int32)
+            rank = pixel_rank(maps, order, ties).to(torch.int32)
             for (f, fill), (l, k) in product(enumerate(fills), enumerate(levels)):
                 right[i, f, j, l] = clean if k == 0 else correct(run(filler[fill](rank < k)))
-    return right
+    return right, blank
+
+def _tell_blank(blank, n, share=.1):
+    "Warn of attributions that hold nothing for more than `share` of the images."
+    for name, k in blank.items():
+        if k > share*n: warnings.warn(f"{name}: {k:,} of {n:,} maps are blank (all pixels alike), so chance alone orders their pixels; the curve says little about the rest.", stacklevel=3)
 
 # %% ../nbs/07_metrics.ipynb #23204d01
 def _plan(model, attributions, fills, orders, fracs, attr_kw):
@@ -286,27 +317,33 @@ def masking_curves(
     fracs=FRACS, # Shares of the pixels removed, each in [0, 1)
     fills=('corner',), # What replaces them: 'corner', 'mean', 'random', 'road', or numbers in normalized pixels
     orders=('morf',), # 'morf', 'lerf' or both
-    seed:int=0, # Decides the random control, random fill, ROAD's noise and SmoothGrad's
+    seed:int=0, # Decides the random control, ties, random fill, ROAD's noise and SmoothGrad's
     batch_size:int=256, # Images at once, for a pair (x, y); a loader has its own
-    attr_kw:dict=None, # Attribution's name -> further arguments of `attribute`, such as dict(smoothgrad=dict(n_samples=25))
+    attr_kw:dict=None, # Attribution's name -> further arguments of `attribute`, such as dict(smoothgrad=dict(n_samples=25)); a baseline per image has one for each of the data
     return_correct:bool=False, # Also which images were right? A bool array, rows of the table x images in the data's order
-)->pd.DataFrame: # One row a combination: attribution, fill, order, frac, accuracy, n; with `return_correct` a pair (table, array)
+)->pd.DataFrame: # One row a combination: attribution, fill, order, frac, accuracy, n (images), blank (of their maps); with `return_correct` a pair (table, array)
     "Accuracy of all combinations in one pass over all the data. Raises `BadInput` before any work, or at the first batch that doesn't fit."
     attr_kw = attr_kw or {}
     methods, fracs = _plan(model, attributions, fills, orders, fracs, attr_kw)
     check_range('seed', seed, 0, kind=int)
     check_range('batch_size', batch_size, 1, kind=int)
-    draws, n, right, kept = _streams(seed, ('control', 'fill', 'road', 'smoothgrad')), 0, 0, []
+    draws, own = _streams(seed, ('fill', 'road', 'ties')), {o: _streams(seed, ('control', 'smoothgrad')) for o in methods}
+    n, right, blank, kept = 0, 0, 0, []
     p, run = next(model.parameters(), None), _in_best_layout(model)
     with keep_rng(seed, None if p is None else p.device), eval_mode(model):
         for x, y in _batches(model, dl_or_xy, batch_size):
             levels = [n_masked(f, x.shape[-2]*x.shape[-1]) for f in fracs]
-            new = _judge(model, run, x, y, methods, orders, fills, levels, draws, attr_kw).flatten(0, 3)
-            right, n = right + new.sum(1), n + len(y)
-            if return_correct: kept.append(new.cpu())
+            kw = {k: _kw_of(v, n, len(y)) for k, v in attr_kw.items()}
+            new, none = _judge(model, run, x, y, methods, orders, fills, levels, draws, own, kw)
+            right, blank, n = right + new.flatten(0, 3).sum(1), blank + none.sum(1), n + len(y)
+            if return_correct: kept.append(new.flatten(0, 3).cpu())
     if not n: raise BadInput("the DataLoader delivers no images; give one that does.")
+    for kw in attr_kw.values(): _check_used(kw, n)
+    blank = dict(zip(methods, blank.tolist()))
+    _tell_blank(blank, n)
     names = pd.MultiIndex.from_product([methods, fills, orders, fracs], names=['attribution', 'fill', 'order', 'frac'])
     df = pd.DataFrame({'accuracy': (right.double()/n).cpu().numpy(), 'n': n}, index=names).reset_index()
+    df['blank'] = df.attribution.map(blank)
     return (df, torch.cat(kept, 1).numpy()) if return_correct else df
 
 # %% ../nbs/07_metrics.ipynb #721584c8
@@ -340,11 +377,11 @@ def masking_curve(
     fracs=FRACS, # Shares of the pixels removed, each in [0, 1); the published evaluation's 0, 10, ..., 90 %
     fill='corner', # 'corner' (the image's pixel [0, 0], as published), 'mean', 'random', 'road', or a number in normalized pixels
     order:str='morf', # 'morf': most relevant first; 'lerf': least relevant first
-    seed:int=0, # Decides the random control, random fill, ROAD's noise and SmoothGrad's
+    seed:int=0, # Decides the random control, ties, random fill, ROAD's noise and SmoothGrad's
     batch_size:int=256, # Images at once, for a pair (x, y); a loader has its own
     return_correct:bool=False, # Also which images were right? A bool array, levels x images in the data's order
     **attr_kw, # Further arguments of `attribute`, such as n_samples=25
-)->pd.DataFrame: # Columns frac and accuracy, both in [0, 1]; `attrs` has auc, attribution, fill, order, n, seed. With `return_correct` a pair (table, array)
+)->pd.DataFrame: # Columns frac and accuracy, both in [0, 1]; `attrs` has auc, attribution, fill, order, n (images), blank (of their maps), seed. With `return_correct` a pair (table, array)
     "Accuracy on all the data as more and more pixels are removed; no retraining. Raises `BadInput` before any work, or at the first batch that doesn't fit."
     name = attribution if isinstance(attribution, str) else getattr(attribution, '__name__', type(attribution).__name__)
     df, correct = masking_curves(model, dl_or_xy, {name: attribution}, fracs, (fill,), (order,), seed, batch_size,
@@ -366,6 +403,7 @@ def select_curve(
     out = one[['frac', 'accuracy']].reset_index(drop=True)
     auc = masking_auc(out) if out.frac[0] == 0 else math.nan
     out.attrs = dict(auc=auc, attribution=attribution, fill=fill, order=order, n=int(one.n.iloc[0]), **attrs)
+    if 'blank' in one: out.attrs['blank'] = int(one.blank.iloc[0])  # tables of earlier versions did not count
     return out
 
 # %% ../nbs/07_metrics.ipynb #e9afc2a9
@@ -387,8 +425,13 @@ def _spearman(a, b):
 def _topk(a, b, top):
     k = n_masked(top, a[0].size)
     if not k: raise BadInput(f"top is {top}: not one of {a[0].size} pixels; make it larger.")
-    a, b = [pixel_rank(torch.from_numpy(o)) < k for o in (a, b)]
-    return ((a & b).flatten(1).sum(1)/k).numpy()
+    return np.multiply(*(_chance_of_top(o.reshape(len(o), -1), k) for o in (a, b))).sum(1)/k
+
+def _chance_of_top(a, k):
+    "N x pixels: 1 for the `k` largest of each row, 0 for the others; pixels that tie for the last places have a chance each."
+    kth = -np.partition(-a, k - 1, axis=1)[:, k - 1:k]
+    level = a == kth
+    return (a > kth) + level*(k - (a > kth).sum(1, keepdims=True))/level.sum(1, keepdims=True)
 
 def _ssim(a, b):
     if min(a.shape[1:]) < 11: raise BadInput(f"SSIM needs maps of at least 11 x 11 pixels, these have {a.shape[1]} x {a.shape[2]}; use 'spearman' or 'topk'.")
@@ -412,14 +455,14 @@ def map_similarity(
     b, # Maps of the same images, same shape
     method:str='spearman', # 'spearman', 'topk' or 'ssim'
     top:float=.1, # 'topk' only: share of the pixels that counts as top, in (0, 1)
-)->np.ndarray: # N numbers; 1 means the same
+)->np.ndarray: # N numbers; 1 means the same ('topk': and no ties for the last places); NaN where a map is constant, which has no order and no structure
     "How alike each pair of maps is. Raises `BadInput` for an unknown method or shapes that don't match."
     check_in('method', method, SIMILARITIES)
     check_range('top', top, 0, 1, lo_open=True, hi_open=True)
     a, b = _np_maps(a, 'a'), _np_maps(b, 'b')
     if a.shape != b.shape: raise BadInput(f"a has shape {a.shape}, b {b.shape}; give maps of the same images and size.")
-    if method == 'topk': return _topk(a, b, top)
-    return _spearman(a, b) if method == 'spearman' else _ssim(a, b)
+    alike = _topk(a, b, top) if method == 'topk' else _spearman(a, b) if method == 'spearman' else _ssim(a, b)
+    return np.where((np.ptp(a, axis=(1, 2)) > 0) & (np.ptp(b, axis=(1, 2)) > 0), alike, np.nan)
 
 # %% ../nbs/07_metrics.ipynb #cdb0e3fb
 def _scaled(maps):
@@ -474,7 +517,7 @@ def sanity_check(
     similarity:str='spearman', # 'spearman', 'topk' or 'ssim', of magnitudes
     seed:int=0, # Decides the new weights
     **attr_kw, # Further arguments of `attribute`
-)->pd.DataFrame: # A row a step: layer ('none' first), similarity (mean over images), low and high (5th and 95th percentile)
+)->pd.DataFrame: # A row a step: layer ('none' first), similarity (mean over images), low and high (5th and 95th percentile), blank (images left out, a map of theirs being constant)
     "Cascading parameter randomization, last layer first. Raises `BadInput` before any work."
     _check_model(model)
     _check_attribution(attribution)
@@ -487,9 +530,9 @@ def sanity_check(
         for name in ['none', *reversed(_called_layers(net, xb))]:
             if name != 'none': net.get_submodule(name).reset_parameters()
             s = map_similarity(before, maps(), similarity)
-            s = s[np.isfinite(s)] if np.isfinite(s).any() else np.array([np.nan])
-            rows.append((name, s.mean(), *np.percentile(s, [5, 95])))
-    return pd.DataFrame(rows, columns=['layer', 'similarity', 'low', 'high'])
+            told = s[np.isfinite(s)] if np.isfinite(s).any() else np.array([np.nan])
+            rows.append((name, told.mean(), *np.percentile(told, [5, 95]), int((~np.isfinite(s)).sum())))
+    return pd.DataFrame(rows, columns=['layer', 'similarity', 'low', 'high', 'blank'])
 
 # %% ../nbs/07_metrics.ipynb #f88e4139
 def wilson_interval(

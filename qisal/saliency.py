@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'check_images', 'check_classes', 'true_class_score', 'saliency_gradient', 'feature_saliency', 'n_masked',
-           'bottom_mask', 'top_mask', 'check_fill', 'fill_values', 'apply_mask', 'eval_mode', 'last_conv', 'attribute']
+           'bottom_mask', 'top_mask', 'check_fill', 'fill_values', 'apply_mask', 'eval_mode', 'standard_normal',
+           'completeness_gap', 'cam_layer', 'last_conv', 'attribute']
 
 # %% ../nbs/05_saliency.ipynb #56ec3f90
 import math
@@ -181,37 +182,111 @@ def _random(model, xb, yb, o):
     g = o['generator']
     return torch.rand(xb.shape, generator=g, device=g.device if g else xb.device).to(xb)
 
+def standard_normal(
+    shape, # Shape of the numbers
+    generator:torch.Generator=None, # Their source; None: torch's own
+    device='cpu', # Where to draw without a generator (CUDA or the CPU) and where the numbers go
+)->Tensor: # float32
+    "Normal numbers that on the CPU are the same whether drawn at once or in parts, which `torch.randn`'s are not."
+    device = torch.device(device)
+    home = generator.device if generator else device if device.type == 'cuda' else 'cpu'
+    u = torch.rand(shape, generator=generator, device=home, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
+    return (math.sqrt(2)*torch.erfinv(2*u - 1)).float().to(device)
+
 # %% ../nbs/05_saliency.ipynb #d9dcf747
 def _smoothgrad(model, xb, yb, o):
     "Smilkov et al. 2017 (arXiv 1706.03825): the mean gradient of noisy copies; the noise is a share of each image's range."
     span = xb.amax((1, 2, 3), keepdim=True) - xb.amin((1, 2, 3), keepdim=True)
     std = o['noise']*torch.where(span > 0, span, 1.)
-    g, left, total = o['generator'], o['n_samples'], torch.zeros_like(xb)
-    while left:
-        n = min(left, max(1, o['batch_size']//len(xb)))
-        x, sd = (t.repeat_interleave(n, 0) for t in (xb, std))
-        noise = torch.randn(x.shape, generator=g, device=g.device if g else x.device).to(x)
-        grad = saliency_gradient(model, x.addcmul(noise, sd), yb.repeat_interleave(n), o['score'])
-        total += grad.view(len(xb), n, *xb.shape[1:]).sum(1)
-        left -= n
+    total, copies = torch.zeros_like(xb), len(xb)*o['n_samples']
+    for start in range(0, copies, o['batch_size']):  # image after image, so that each finds the same noise in the stream whatever the batch
+        i = torch.arange(start, min(start + o['batch_size'], copies), device=xb.device)//o['n_samples']
+        noise = standard_normal((len(i), *xb.shape[1:]), o['generator'], xb.device).to(xb.dtype)
+        total.index_add_(0, i, saliency_gradient(model, xb[i].addcmul(noise, std[i]), yb[i], o['score']))
     return total/o['n_samples']
 
 # %% ../nbs/05_saliency.ipynb #07fe2ad1
+def _baselines(base, xb, generator):
+    "Where the paths start, in `xb`'s shape: a number or a fill's name for all images, or a tensor for all or for each."
+    if not isinstance(base, Tensor): return fill_values(xb, base, generator).expand_as(xb)
+    try: return _plain(base).detach().to(xb).expand_as(xb)
+    except RuntimeError as e:
+        raise BadInput(f"The baseline is {_shape(base)}; {len(xb)} images of {tuple(xb.shape[1:])} need one of that shape, or one each.") from e
+
 def _integrated_gradients(model, xb, yb, o):
-    base = o['baseline'] if isinstance(o['baseline'], Tensor) else fill_values(xb, o['baseline'], o['generator'])
     ig = _captum().IntegratedGradients(_forward(model, o['score']))
-    return ig.attribute(_leaf(xb), baselines=base.to(xb).expand_as(xb), target=yb, n_steps=o['n_steps'], internal_batch_size=max(len(xb), o['batch_size']))
+    return ig.attribute(_leaf(xb), baselines=o['baseline'], target=yb, n_steps=o['n_steps'], internal_batch_size=max(len(xb), o['batch_size']))
+
+@torch.no_grad()
+def completeness_gap(
+    model, # Module (any mode; put back afterwards) or function: images -> N x classes
+    xb:Tensor, # Images, N x C x H x W
+    yb:Tensor, # The classes that were explained, N whole numbers
+    attributions:Tensor, # What `attribute` gave for them, N x C x H x W
+    *,
+    baseline=0., # As it was given to `attribute`: a number, 'mean', 'corner' or a tensor
+    score:str='logit', # 'logit' or 'log_prob'
+)->Tensor: # N x 2, float32: the attributions' sum less the difference of the two scores, and that difference
+    "By how much integrated gradients miss what they should sum to: the score of the image less that of the baseline."
+    if isinstance(baseline, str) and baseline == 'random':
+        raise BadInput("baseline 'random' is drawn anew each time; give `attribute` and this function the same tensor, such as fill_values(xb, 'random').")
+    xb = check_images(xb).detach()
+    with eval_mode(model):
+        with_image, without = (true_class_score(model(x), yb, score) for x in (xb, _baselines(baseline, xb, None)))
+    rise = with_image - without
+    return torch.stack([_checked(attributions, xb).float().sum((1, 2, 3)) - rise, rise], 1)
+
+# %% ../nbs/05_saliency.ipynb #205c0ef3
+@torch.enable_grad()
+def _runs(layers, model, xb):
+    "(layer, output, does the answer depend on it?) of each call in turn, for four images of seeded noise shaped like `xb`'s."
+    seen, hooks = [], []
+    x = standard_normal((4, *xb.shape[1:]), torch.Generator().manual_seed(0)).to(xb).requires_grad_()
+    try:
+        hooks = [m.register_forward_hook(lambda m, _, out: seen.append((m, out))) for m in layers]
+        out = model(x)
+    finally:
+        for h in hooks: h.remove()
+    can = [i for i, (_, o) in enumerate(seen) if isinstance(o, Tensor) and o.requires_grad]
+    weights = torch.arange(1., out.numel() + 1, device=out.device).view(out.shape).cos()  # no class cancels another
+    grads = torch.autograd.grad((out.float()*weights).sum(), [seen[i][1] for i in can], allow_unused=True) if can else ()
+    reached = {i for i, g in zip(can, grads) if g is not None and g.any()}
+    return [(m, o, i in reached) for i, (m, o) in enumerate(seen)]
+
+def _is_map(out): return isinstance(out, Tensor) and out.ndim == 4 and out.shape[2]*out.shape[3] > 1
+
+def _convs(model):
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)] if isinstance(model, nn.Module) else []
+    if convs: return convs
+    raise BadInput(f"{type(model).__name__} has no Conv2d for gradcam to look at; pass layer=, or use another attribution.")
+
+def cam_layer(
+    model, # The network, in evaluation mode
+    xb:Tensor, # Images, N x C x H x W; only their shape counts
+    layer:nn.Module=None, # The layer wished for; None: the last `nn.Conv2d` (or subclass) that runs and gives a map of more than one position
+)->nn.Module: # The layer
+    "The layer for Grad-CAM. It must run once, give a map of more than one position, and matter to the answer; else `BadInput`."
+    runs = _runs([layer] if layer else _convs(model), model, xb)
+    maps = [m for m, out, _ in runs if _is_map(out)]
+    if not (layer or maps): raise BadInput(f"No Conv2d gives a map of more than one position for {tuple(xb.shape[2:])} pixels; pass layer=, or use another attribution.")
+    layer = layer or maps[-1]
+    mine = [r for r in runs if r[0] is layer]
+    name = next((f'Layer {k}' for k, m in getattr(model, 'named_modules', list)() if m is layer), 'The layer given')
+    if len(mine) != 1: raise BadInput(f"{name} runs {len(mine)} times for an image; gradcam needs a layer that runs once: pass another as layer=.")
+    [(_, out, matters)] = mine
+    if not _is_map(out): raise BadInput(f"{name} gives {_shape(out)} for 4 images; gradcam needs batch x channels x height x width with more than one position: pass an earlier layer as layer=.")
+    if not matters: raise BadInput(f"The answer does not depend on {name[0].lower()}{name[1:]} (a batch norm of weight 0 after it, as in untrained residual networks?): its map would be blank; pass another layer as layer=.")
+    return layer
 
 def last_conv(
     model:nn.Module, # Any network
-)->nn.Module: # Its last `nn.Conv2d` (or subclass) in order of definition
-    "The layer that Grad-CAM looks at unless told otherwise; a model without one raises `BadInput`."
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)] if isinstance(model, nn.Module) else []
-    if not convs: raise BadInput(f"{type(model).__name__} has no Conv2d for gradcam to look at; pass layer=, or use another attribution.")
-    return convs[-1]
+    xb:Tensor=None, # Images, N x C x H x W; only their shape counts
+)->nn.Module: # With `xb` the layer that `cam_layer` takes; without, the last `nn.Conv2d` (or subclass) by definition
+    "The last convolution; a model without one raises `BadInput`."
+    return _convs(model)[-1] if xb is None else cam_layer(model, xb)
 
 def _gradcam(model, xb, yb, o):
-    cam = _captum().LayerGradCam(_forward(model, o['score']), o['layer'] or last_conv(model)).attribute(_leaf(xb), target=yb, relu_attributions=True)
+    cam = _captum().LayerGradCam(_forward(model, o['score']), o['layer']).attribute(_leaf(xb), target=yb, relu_attributions=True)
     return F.interpolate(cam.float(), size=xb.shape[2:], mode='bilinear', align_corners=False).to(xb).expand_as(xb)
 
 # %% ../nbs/05_saliency.ipynb #d0d38564
@@ -228,8 +303,8 @@ def attribute(
     n_samples:int=50, # smoothgrad: noisy copies an image
     noise:float=.15, # smoothgrad: standard deviation as a share of the image's range; the paper advises .1 to .2
     n_steps:int=50, # integrated_gradients: points on the path
-    baseline=0., # integrated_gradients: its start: a number, a fill's name or a tensor; 0 is the training mean of normalised data
-    layer:nn.Module=None, # gradcam: the layer to look at; None: the last Conv2d
+    baseline=0., # integrated_gradients: its start: a number, a fill's name, or a tensor for all images or for each; 0 is the training mean of normalised data
+    layer:nn.Module=None, # gradcam: the layer to look at; None: the last Conv2d that runs on more than one position
     batch_size:int=256, # Images in one pass, noisy copies and path points included; bounds the memory
     generator:torch.Generator=None, # smoothgrad and random: their source of chance; None: torch's own
 )->Tensor: # Attributions, N x C x H x W, `xb`'s dtype and device, detached
@@ -241,9 +316,12 @@ def attribute(
     xb, yb = check_images(xb).detach(), _plain(yb)
     if yb.shape != xb.shape[:1] or yb.is_floating_point(): raise BadInput(f"Labels are {_shape(yb)}; {len(xb)} images need one whole-number class each.")
     o = dict(score=score, n_samples=n_samples, noise=noise, n_steps=n_steps, baseline=baseline, layer=layer, batch_size=batch_size, generator=generator)
-    f = method if callable(method) else lambda *a: _METHODS[method](*a, o)
+    base = _baselines(baseline, xb, generator) if method == 'integrated_gradients' else xb  # cut like the images below
     with eval_mode(model), torch.enable_grad():
-        out = [_checked(f(model, x, y), x) for x, y in zip(xb.split(batch_size), yb.long().split(batch_size))]
+        if method == 'gradcam': o['layer'] = cam_layer(model, xb, layer)
+        f = method if callable(method) else lambda m, x, y: _METHODS[method](m, x, y, o)
+        out = []
+        for x, y, o['baseline'] in zip(*(t.split(batch_size) for t in (xb, yb.long(), base))): out.append(_checked(f(model, x, y), x))
     return torch.cat(out)
 
 def _checked(a, xb):

@@ -34,6 +34,11 @@ def small_data(n=23, c=1, size=9, seed=0):
     return torch.randn(n, c, size, size, generator=g), torch.randint(0, 4, (n,), generator=g)
 
 
+def tie_numbers(n, size=(9, 9), seed=0):
+    "The random numbers that decide between equal pixels: image after image from a stream of their own."
+    return torch.rand((n, *size), generator=M._streams(seed, ('ties',))['ties']).numpy()
+
+
 def loop_curve(model, x, y, maps, fracs, fill, order):
     "The masking curve by its definition, one image and one pixel at a time."
     was = [m.training for m in model.modules()]
@@ -41,10 +46,10 @@ def loop_curve(model, x, y, maps, fracs, fill, order):
     out = []
     for f in fracs:
         right = 0
-        for xi, yi, m in zip(x.numpy(), y.tolist(), maps):
+        for xi, yi, m, tie in zip(x.numpy(), y.tolist(), maps, tie_numbers(len(x), maps[0].shape)):
             size = m.shape
             pos = [(r, c) for r in range(size[0]) for c in range(size[1])]
-            pos.sort(key=lambda p: (-m[p] if order == 'morf' else m[p]))  # stable: ties keep their position
+            pos.sort(key=lambda p: (-m[p] if order == 'morf' else m[p], tie[p]))
             new = xi.copy()
             for r, c in pos[:math.floor(f*size[0]*size[1] + 1e-9)]:
                 for ch in range(len(xi)):
@@ -71,22 +76,50 @@ def test_curve_equals_loops(c, fill, order):
     assert got.frac.tolist() == list(FRACS) and list(got.columns) == ['frac', 'accuracy']
 
 
+def map_of_image(maps, x):
+    "A callable attribution that finds each image's map by a pixel: it sees batches only."
+    at = {float(i[0, 4, 4]): m for i, m in zip(x, maps)}
+    return lambda model, xb, yb: torch.stack([at[float(i[0, 4, 4])] for i in xb])
+
+
 @pytest.mark.parametrize('order', ['morf', 'lerf'])
-def test_ties_go_by_position(order):
+@pytest.mark.parametrize('batch_size', [1, 4, 100])
+def test_ties_go_by_an_images_own_chance(order, batch_size):
     net, (x, y) = small_net(), small_data()
     coarse = torch.randint(0, 3, (len(x), 9, 9), generator=torch.Generator().manual_seed(1)).float()
-    at = {float(i[0, 4, 4]): m for i, m in zip(x, coarse)}  # a callable sees batches; find each image's map by a pixel
-    callable_ = lambda model, xb, yb: torch.stack([at[float(i[0, 4, 4])] for i in xb])
-    got = masking_curve(net, (x, y), callable_, fracs=FRACS, order=order, batch_size=4)
-    assert got.accuracy.tolist() == loop_curve(net, x, y, coarse.numpy(), FRACS, 'corner', order)
+    got = masking_curve(net, (x, y), map_of_image(coarse, x), fracs=FRACS, order=order, batch_size=batch_size)
+    assert got.accuracy.tolist() == loop_curve(net, x, y, coarse.numpy(), FRACS, 'corner', order) and got.attrs['blank'] == 0
 
 
-def test_all_equal_attribution_removes_from_the_top_left():
+@pytest.mark.parametrize('value', [0., .3])
+def test_a_map_without_information_is_counted_and_ordered_by_chance(value):
     net, (x, y) = small_net(), small_data()
-    zeros = np.zeros((len(x), 9, 9))
     for order in ('morf', 'lerf'):
-        got = masking_curve(net, (x, y), lambda m, xb, yb: torch.zeros_like(xb), fracs=(0, .5), order=order)
-        assert got.accuracy.tolist() == loop_curve(net, x, y, zeros, (0, .5), 'corner', order)
+        with pytest.warns(UserWarning, match='23 of 23 maps are blank'):
+            got = masking_curve(net, (x, y), lambda m, xb, yb: torch.full_like(xb, value), fracs=(0, .5), order=order)
+        assert got.accuracy.tolist() == loop_curve(net, x, y, np.zeros((len(x), 9, 9)), (0, .5), 'corner', order)
+        assert got.attrs['blank'] == 23
+    rank = pixel_rank(torch.zeros(4000, 3, 5)).double().mean(0)
+    assert (rank - 7).abs().max() < .4  # every position has the same mean turn, 7; its standard error is .07
+
+
+def test_blank_maps_are_counted_beside_each_curve(recwarn):
+    net, (x, y) = small_net(), small_data(n=60)
+    some = torch.rand(60, 9, 9, generator=torch.Generator().manual_seed(0))
+    some[:5], some[5] = 0., 2. + 1e-7*some[5]  # all alike but for the rounding of float32
+    few = masking_curves(net, (x, y), {'mine': map_of_image(some, x), 'gradient': 'gradient'}, fills=('corner', 'mean'), batch_size=7)
+    assert few[few.attribution == 'mine'].blank.eq(6).all() and few[few.attribution == 'gradient'].blank.eq(0).all()
+    assert select_curve(few, 'mine', 'mean').attrs['blank'] == 6 and not recwarn.list  # a tenth is not many
+    assert 'blank' not in select_curve(few.drop(columns='blank'), 'mine').attrs
+    some[6] = 0.
+    with pytest.warns(UserWarning, match='mine: 7 of 60'): masking_curves(net, (x, y), {'mine': map_of_image(some, x)})
+
+
+def test_a_blank_map_is_worth_as_much_as_a_random_order():
+    net, (x, y) = small_net(), small_data(n=3000)
+    with torch.no_grad(): y = net.eval()(x).argmax(1)
+    with pytest.warns(UserWarning, match='blank'): z = masking_curve(net, (x, y), lambda m, xb, yb: torch.zeros_like(xb), fill='mean')
+    assert abs(random_gap(z, masking_curve(net, (x, y), 'random', fill='mean'))) < .01
 
 
 def test_known_answer_and_order_of_attributions():
@@ -104,11 +137,48 @@ def test_known_answer_and_order_of_attributions():
 
 
 @pytest.mark.parametrize('fill', ['corner', 'random', 'road'])
-@pytest.mark.parametrize('attribution', ['gradient', 'random', 'input_x_gradient'])
+@pytest.mark.parametrize('attribution', ['gradient', 'random', 'input_x_gradient', 'smoothgrad', 'integrated_gradients', 'gradcam'])
 def test_batch_size_does_not_matter(fill, attribution):
     net, (x, y) = small_net(3), small_data(n=41, c=3)
-    a, b = [masking_curve(net, (x, y), attribution, fill=fill, batch_size=bs) for bs in (7, 41)]
+    kw = dict(smoothgrad=dict(n_samples=3), integrated_gradients=dict(baseline='random', n_steps=5)).get(attribution, {})
+    (a, ra), (b, rb) = [masking_curve(net, (x, y), attribution, fill=fill, batch_size=bs, return_correct=True, **kw) for bs in (7, 41)]
     pd.testing.assert_frame_equal(a, b)
+    assert (ra == rb).all() and a.attrs == b.attrs
+
+
+def test_what_else_is_measured_does_not_matter():
+    "Two controls, two SmoothGrads: each draws as it does alone, whatever the batches."
+    net, (x, y) = small_net(), small_data(n=41)
+    names = dict(a='random', b='random', c='smoothgrad', d='smoothgrad')
+    kw = dict(c=dict(n_samples=3), d=dict(n_samples=5, noise=.5))
+    both = masking_curves(net, (x, y), names, attr_kw=kw, batch_size=9)
+    for k, v in names.items():
+        alone = masking_curves(net, (x, y), {k: v}, attr_kw={o: p for o, p in kw.items() if o == k}, batch_size=41)
+        pd.testing.assert_frame_equal(both[both.attribution == k].reset_index(drop=True), alone)
+
+
+def test_baselines_per_image_go_with_the_images():
+    net, (x, y) = small_net(), small_data(n=41)
+    base = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    curve = lambda bs, b, n=41: masking_curve(net, (x[:n], y[:n]), 'integrated_gradients', baseline=b, n_steps=8, batch_size=bs, return_correct=True)
+    (a, ra), (b, rb) = curve(41, base), curve(7, base)
+    pd.testing.assert_frame_equal(a, b)
+    for i in (0, 20, 40): assert (masking_curve(net, (x[i:i+1], y[i:i+1]), 'integrated_gradients', baseline=base[i:i+1], n_steps=8).accuracy == ra[:, i]).all()
+    assert (ra == rb).all() and not a.equals(curve(41, 0.)[0])
+    for n in (40, 30):
+        with pytest.raises(BadInput, match='baseline has'): curve(7, base[:n])
+    with pytest.raises(BadInput, match='the data 30'): curve(7, base, 30)
+
+
+@pytest.mark.parametrize('fill', ['corner', 'mean', 'random', 'road', .3])
+def test_images_need_not_be_square(fill):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(36, 4))
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(13, 1, 7, 15, generator=g), torch.randint(0, 4, (13,), generator=g)
+    a, b = [masking_curves(net, (x, y), ('gradient', 'random', 'gradcam'), fills=(fill,), orders=('morf', 'lerf'), batch_size=bs) for bs in (4, 13)]
+    pd.testing.assert_frame_equal(a, b)
+    assert pixel_rank(x[:, 0]).flatten(1).sort(1).values.eq(torch.arange(105)).all()
 
 
 def test_one_pass_equals_many_and_seeds_matter():
@@ -321,6 +391,19 @@ def test_road_noise_and_edges():
     with pytest.raises(RuntimeError, match='not solved'): road_fill(torch.randn(50, 1, 12, 12), mask, max_iter=2)
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_road_in_every_dtype(dtype):
+    "The answer is float32's but for the rounding of the images themselves."
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 2, 12, 16, generator=g).to(dtype)
+    mask = pixel_rank(torch.rand(5, 12, 16, generator=g)) < 150
+    got, want = road_fill(x, mask, noise=0), road_fill(x.float(), mask, noise=0)
+    assert got.dtype == dtype and (got.float() - want).abs().max() <= 4.1*max(torch.finfo(dtype).eps, 1e-5) and torch.equal(got[~mask[:, None].expand_as(x)], x[~mask[:, None].expand_as(x)])
+    net = small_net().to(dtype)
+    x, y = small_data(n=9)
+    for fill in ('road', 'random', 'mean', 'corner'): assert masking_curve(net, (x.to(dtype), y), fill=fill).attrs['n'] == 9
+
+
 def test_memory_is_flat_in_the_number_of_images():
     "The largest batch of anything that the model sees does not grow with the data."
     sizes = []
@@ -357,8 +440,16 @@ def test_similarities_against_loops():
     b = a + .3*rng.random(a.shape)
     assert np.allclose(map_similarity(a, b, 'spearman'), [spearmanr(p.ravel(), q.ravel()).statistic for p, q in zip(a, b)])
     assert np.allclose(map_similarity(a, b, 'ssim'), [ssim_loops(p, q) for p, q in zip(a, b)])
-    top = lambda m: set(np.argsort(-m.ravel(), kind='stable')[:19])
-    assert np.allclose(map_similarity(a, b, 'topk'), [len(top(p) & top(q))/19 for p, q in zip(a, b)])
+    chance = lambda m: np.mean([np.isin(np.arange(m.size), np.lexsort((rng.random(m.size), -m.ravel()))[:19]) for _ in range(3000)], 0)
+    assert np.allclose(map_similarity(a, b, 'topk'), [(chance(p)*chance(q)).sum()/19 for p, q in zip(a, b)], atol=.02)
+    clear = rng.random((2, 15, 13))
+    top = lambda m: set(np.argsort(-m.ravel())[:19])
+    assert np.allclose(map_similarity(clear, b[:2], 'topk'), [len(top(p) & top(q))/19 for p, q in zip(clear, b)])
+    assert (map_similarity(clear, clear, 'topk') == 1).all()
+    flat, dots = np.ones((2, 15, 13)), np.zeros((2, 15, 13))
+    dots[0, 14, 12] = dots[1, 3, 3] = 1  # two maps of zeros but for one pixel, each in another place
+    for how in M.SIMILARITIES: assert np.isnan(map_similarity(clear, flat, how)).all() and np.isnan(map_similarity(flat, flat, how)).all()
+    assert map_similarity(dots[:1], dots[1:], 'topk')[0] < .12
     for bad, says in (((a, b[:2]), 'same images'), ((a[0], b[0]), 'N x H x W'), ((a*np.nan, b), 'NaN')):
         with pytest.raises(BadInput, match=says): map_similarity(*bad)
     with pytest.raises(BadInput, match='11 x 11'): map_similarity(a[:, :9], b[:, :9], 'ssim')
@@ -387,7 +478,9 @@ def test_sanity_check_cascades_from_the_last_layer_and_keeps_the_model():
     pd.testing.assert_frame_equal(df, sanity_check(net, x, y))
     assert not df.similarity.equals(sanity_check(net, x, y, seed=1).similarity)
     blind = sanity_check(net, x, y, lambda m, xb, yb: xb.abs(), 'topk')
-    assert (blind.similarity == 1).all()
+    assert (blind.similarity == 1).all() and (blind.blank == 0).all()
+    some = lambda m, xb, yb: xb*(torch.arange(len(xb)) % 4 > 0).view(-1, 1, 1, 1)
+    assert (sanity_check(net, x, y, some).blank == 6).all() and (sanity_check(net, x, y, lambda m, xb, yb: xb*0).similarity.isna()).all()
     with pytest.raises(BadInput, match='no layer'): sanity_check(Linear(torch.zeros(1, 9, 9)), x, y.clamp(max=1))
 
 

@@ -4,8 +4,8 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from qisal.core import ATTRIBUTIONS, BadInput
-from qisal.saliency import (apply_mask, attribute, bottom_mask, eval_mode, feature_saliency, fill_values, last_conv, n_masked, saliency_gradient,
-                            top_mask, true_class_score)
+from qisal.saliency import (apply_mask, attribute, bottom_mask, completeness_gap, eval_mode, feature_saliency, fill_values, last_conv, n_masked,
+                            saliency_gradient, standard_normal, top_mask, true_class_score)
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import reference_saliency as ref
 
@@ -327,15 +327,125 @@ def test_captum_is_imported_only_when_needed():
 
 
 @pytest.mark.parametrize('batch_size', [4, 12, 1000])
-def test_smoothgrad_is_captums_where_all_images_have_the_same_range(batch_size):
-    "The same noise from the same seed: Captum's one deviation for the batch is then every image's own."
+def test_smoothgrad_is_captums_where_all_images_have_the_same_range(batch_size, monkeypatch):
+    "Given the same noise; Captum's one deviation for the batch is then every image's own."
     from captum.attr import NoiseTunnel, Saliency
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4*36, 3)).eval()
     xb, yb = torch.rand(4, 2, 8, 8), torch.tensor([0, 1, 2, 1])
     xb[:, 0, 0, 0], xb[:, 0, 0, 1] = 0., 1.
-    torch.manual_seed(5)
-    got = attribute(model, xb, yb, 'smoothgrad', n_samples=7, noise=.2, batch_size=batch_size)
-    torch.manual_seed(5)
-    want = NoiseTunnel(Saliency(model)).attribute(xb, nt_type='smoothgrad', nt_samples=7, nt_samples_batch_size=min(7, batch_size//4), stdevs=.2, abs=False, target=yb)
+    got = attribute(model, xb, yb, 'smoothgrad', n_samples=7, noise=.2, batch_size=batch_size, generator=torch.Generator().manual_seed(5))
+    g = torch.Generator().manual_seed(5)
+    monkeypatch.setattr(torch, 'normal', lambda mean, std: mean + std*standard_normal(std.shape, g))
+    want = NoiseTunnel(Saliency(model)).attribute(xb, nt_type='smoothgrad', nt_samples=7, stdevs=.2, abs=False, target=yb)
     torch.testing.assert_close(got, want.detach(), atol=1e-6, rtol=1e-4)
+
+
+def test_normal_numbers_are_one_stream():
+    "In parts of any size they are what they are at once, and normal."
+    whole = standard_normal((40, 3, 5), torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(1)
+    assert torch.equal(torch.cat([standard_normal((n, 3, 5), g) for n in (1, 7, 32)]), whole)
+    many = standard_normal(100_000, torch.Generator().manual_seed(0))
+    assert abs(many.mean()) < .01 and abs(many.std() - 1) < .01 and 3.5 < many.abs().max() < 6
+
+
+@pytest.mark.parametrize('n_samples, batch_size', [(7, 3), (7, 7), (7, 20), (7, 1000), (300, 256)])
+def test_smoothgrads_noise_is_an_images_own(n_samples, batch_size):
+    "Alone, in parts or together, in passes of any size: the same map."
+    torch.manual_seed(0)
+    model, (xb, yb) = Net(), batch(6)
+    sg = lambda x, y, g, bs=batch_size: attribute(model, x, y, 'smoothgrad', n_samples=n_samples, batch_size=bs, generator=g)
+    want = sg(xb, yb, torch.Generator().manual_seed(3), 64)
+    torch.testing.assert_close(sg(xb, yb, torch.Generator().manual_seed(3)), want, atol=1e-6, rtol=1e-4)
+    g = torch.Generator().manual_seed(3)
+    parts = [sg(xb[a:b], yb[a:b], g) for a, b in ((0, 1), (1, 4), (4, 6))]
+    torch.testing.assert_close(torch.cat(parts), want, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize('batch_size', [2, 3, 100])
+def test_a_baseline_per_image_goes_with_its_image(batch_size):
+    torch.manual_seed(0)
+    model, (xb, yb) = Net(), batch(7)
+    base = torch.randn(xb.shape, generator=torch.Generator().manual_seed(9))
+    ig = lambda x, y, b, **kw: attribute(model, x, y, 'integrated_gradients', baseline=b, n_steps=10, **kw)
+    got = ig(xb, yb, base, batch_size=batch_size)
+    for i in range(7): torch.testing.assert_close(got[i:i+1], ig(xb[i:i+1], yb[i:i+1], base[i]), atol=1e-5, rtol=1e-4)
+    one = ig(xb, yb, base[:1], batch_size=batch_size)
+    torch.testing.assert_close(one, ig(xb, yb, base[0]), atol=1e-5, rtol=1e-4)
+    for bad in (base[:3], base[..., :4], torch.zeros(5)):
+        with pytest.raises(BadInput, match='baseline'): ig(xb, yb, bad)
+
+
+def test_a_random_baseline_does_not_depend_on_the_passes():
+    torch.manual_seed(0)
+    model, (xb, yb) = Net(), batch(7)
+    ig = lambda bs: attribute(model, xb, yb, 'integrated_gradients', baseline='random', n_steps=5, batch_size=bs, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ig(2), ig(100), atol=1e-5, rtol=1e-4)
+
+
+def test_completeness_gap_is_small_in_float_and_told_for_rounded_networks():
+    for net, small in ((Net(), True), (Quantized(), False)):
+        torch.manual_seed(1)
+        for p in net.parameters(): nn.init.normal_(p, std=.4) if p.ndim > 1 else None
+        xb, yb = batch(6)
+        a = attribute(net, xb, yb, 'integrated_gradients', n_steps=200, baseline='corner')
+        gap, rise = completeness_gap(net, xb, yb, a, baseline='corner').T
+        with torch.no_grad(), eval_mode(net): want = true_class_score(net(xb), yb) - true_class_score(net(xb[:, :, :1, :1].expand_as(xb)), yb)
+        torch.testing.assert_close(rise, want)
+        torch.testing.assert_close(gap, a.sum((1, 2, 3)) - want)
+        assert (gap.abs().max() < .02*rise.abs().max()) == small, (gap, rise)
+        per_image = torch.zeros_like(xb)
+        assert torch.equal(completeness_gap(net, xb, yb, a, baseline=per_image), completeness_gap(net, xb, yb, a))
+    with pytest.raises(BadInput, match='drawn anew'): completeness_gap(net, xb, yb, a, baseline='random')
+    with pytest.raises(BadInput, match='one number a pixel'): completeness_gap(net, xb, yb, a[:2])
+
+
+class Gated(nn.Module):
+    "A convolution, then a gate of its own channels whose 1 x 1 convolutions are defined (and may run) last."
+    def __init__(self, late=False, dead=False, twice=False):
+        super().__init__()
+        self.late, self.twice = late, twice
+        self.far = nn.Conv2d(4, 4, 3, padding=1)
+        self.near, self.norm, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(4, 3)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.Sigmoid())
+        if dead: nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x):
+        x = self.near(x).relu()
+        y = self.norm(self.far(x))
+        if self.twice: y = self.norm(self.far(y))
+        return self.head((x + y*self.gate(y)).mean((2, 3)))
+
+
+def test_gradcam_takes_the_last_convolution_that_ran_on_a_map():
+    torch.manual_seed(0)
+    net, (xb, yb) = Gated(), batch()
+    assert last_conv(net) is net.gate[1] and last_conv(net.eval(), xb) is net.far  # not the gate's, not the last by definition
+    assert torch.equal(attribute(net, xb, yb, 'gradcam'), attribute(net, xb, yb, 'gradcam', layer=net.far))
+    with pytest.raises(BadInput, match='gate.1.*more than one position'): attribute(net, xb, yb, 'gradcam', layer=net.gate[1])
+    with pytest.raises(BadInput, match='far runs 2 times'): attribute(Gated(twice=True), xb, yb, 'gradcam')
+    with pytest.raises(BadInput, match='does not depend on layer far'): attribute(Gated(dead=True), xb, yb, 'gradcam')
+    with pytest.raises(BadInput, match='runs 0 times'): attribute(net, xb, yb, 'gradcam', layer=nn.Conv2d(4, 4, 1))
+    tiny = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(2, 4, 1), nn.Flatten(), nn.Linear(4, 3))
+    with pytest.raises(BadInput, match='more than one position for'): attribute(tiny, xb, yb, 'gradcam')
+    assert not any(m._forward_hooks for o in (net, tiny) for m in o.modules())
+
+
+def test_gradcams_layer_does_not_depend_on_the_batch():
+    "An image for which every unit is dead gets its blank map, not an error or another layer."
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2*36, 3))
+    with torch.no_grad(): net[0].bias.fill_(0.)
+    xb = torch.stack([torch.zeros(1, 8, 8), torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0))])
+    y = torch.tensor([1, 1])
+    with torch.no_grad(): net[0].bias.fill_(-.01)
+    both = attribute(net, xb, y, 'gradcam')
+    assert torch.equal(attribute(net, xb[:1], y[:1], 'gradcam'), both[:1]) and not both[0].any()
+
+
+def test_images_need_not_be_square():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+    xb, yb = torch.randn(3, 2, 7, 12), torch.tensor([0, 1, 2])
+    for method in ATTRIBUTIONS: assert attribute(net, xb, yb, method, n_samples=3, n_steps=3).shape == xb.shape
+    assert bottom_mask(xb.mean(1), .5).sum((1, 2)).tolist() == [42]*3
