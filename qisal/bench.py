@@ -230,7 +230,7 @@ def quiet():
     "Silence what C++ code writes to the process's standard error: the profiler tells of its own start and of missing GPUs."
     kept = os.dup(2)
     try:
-        with open(os.devnull, 'w') as null: os.dup2(null.fileno(), 2)
+        with open(os.devnull, 'w', encoding='utf-8') as null: os.dup2(null.fileno(), 2)
         yield
     finally:
         os.dup2(kept, 2)
@@ -244,7 +244,7 @@ def peak_bytes(
     with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
     with tempfile.TemporaryDirectory(prefix='qisal-') as tmp:
         p.export_chrome_trace(f'{tmp}/trace.json')
-        events = json.loads(Path(tmp, 'trace.json').read_text())['traceEvents']
+        events = json.loads(Path(tmp, 'trace.json').read_text(encoding='utf-8'))['traceEvents']
     sizes = [o['args']['Bytes'] for o in sorted((o for o in events if o.get('name') == '[memory]'), key=lambda o: o['ts'])]
     return int(max(np.cumsum(sizes), default=0))
 
@@ -253,7 +253,7 @@ def in_new_process(
     code:str, # Python that prints one number
 )->float:
     "That number. A process that fails raises `RuntimeError` with the end of what it said."
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, encoding='utf-8')
     if r.returncode: raise RuntimeError(f'a measurement failed: {r.stderr[-500:]}')
     return float(r.stdout.split()[-1])
 
@@ -364,7 +364,7 @@ PER_CYCLE = dict(avx512_vnni=(32, 128), avx512bw=(32, 128/3), avx_vnni=(16, 64),
 
 def instruction_set()->str|None: # A key of `PER_CYCLE`; None: another one, or not known
     "The widest instructions for products of bytes that this processor has, as Linux tells."
-    try: text = Path('/proc/cpuinfo').read_text()
+    try: text = Path('/proc/cpuinfo').read_text(encoding='utf-8')
     except OSError: return None
     flags = re.search(r'^flags\s*:(.*)$', text, re.M)
     return next((o for o in PER_CYCLE if flags and o in flags[1].split()), None)
@@ -392,7 +392,7 @@ def node_seconds(
         o.intra_op_num_threads, o.log_severity_level, o.enable_profiling, o.profile_file_prefix = threads, 3, True, f'{tmp}/profile'
         session = onnxruntime.InferenceSession(str(file), o, providers=['CPUExecutionProvider'])
         for _ in range(runs + 2): session.run(None, {session.get_inputs()[0].name: images})
-        events = json.loads(Path(session.end_profiling()).read_text())
+        events = json.loads(Path(session.end_profiling()).read_text(encoding='utf-8'))
     took, names, count = {}, {}, {}
     for e in events:
         if e.get('cat') != 'Node' or not e['name'].endswith('_kernel_time'): continue
@@ -432,10 +432,10 @@ def time_study(
     "Run the smoke study in a process of its own."
     command = [sys.executable, '-m', 'qisal.cli', 'study', '--out', str(folder), '--jobs', str(jobs), '--threads', '1', *args]
     start = time.perf_counter()
-    r = subprocess.run(command, capture_output=True, text=True)
+    r = subprocess.run(command, capture_output=True, text=True, encoding='utf-8')
     wall = time.perf_counter() - start
     if r.returncode: raise RuntimeError(f'the study failed: {r.stderr[-500:]}')
-    return wall, sum(json.loads(o.read_text())['timing']['total'] for o in Path(folder).glob('runs/*/metrics.json'))
+    return wall, sum(json.loads(o.read_text(encoding='utf-8'))['timing']['total'] for o in Path(folder).glob('runs/*/metrics.json'))
 
 # %% ../nbs/80_benchmark.ipynb #a58d3953
 def growth(
@@ -543,4 +543,4 @@ def run_benchmark(
         for o in ('bench.png', 'deploy.png', 'scaling.png', 'bench.json'):
             if Path(tmp, o).exists(): write_atomic(out/o, Path(tmp, o).read_bytes())
     write_atomic(out/'benchmark.ipynb', json.dumps(nb, indent=1, ensure_ascii=False) + '\n')
-    return json.loads((out/'bench.json').read_text())
+    return json.loads((out/'bench.json').read_text(encoding='utf-8'))

@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
-from .core import (BadInput, RunSpec, DATASETS, asset, check_in, check_range, code_hash, provenance, read_json,
+from .core import (BadInput, RunSpec, DATASETS, asset, check_in, check_range, code_hash, home_variables, provenance, read_json,
                         sha256_file, write_atomic, write_json)
 
 # %% ../nbs/11_run.ipynb #dd016b49
@@ -367,7 +367,7 @@ def _execute(
     logging.getLogger('papermill').setLevel(logging.WARNING)
     with open(folder/'log.txt', 'a', encoding='utf-8') as log, _private_folder(lock) as private:
         variables = {o: str(parameters['n_threads']) for o in THREAD_VARIABLES}
-        variables |= dict(PYTHONUTF8='1', JUPYTER_RUNTIME_DIR=str(private), IPYTHONDIR=str(private), MPLBACKEND=None)  # no MPLBACKEND: figures inline
+        variables |= dict(PYTHONUTF8='1', JUPYTER_RUNTIME_DIR=str(private), IPYTHONDIR=str(private), MPLBACKEND=None) | home_variables(private)  # no MPLBACKEND: figures inline
         with _environment(variables):
             papermill.execute_notebook(_as_is(template), _as_is(folder/'run.part.ipynb'), parameters=parameters, kernel_name='python3', language='python',
                 progress_bar=False, kernel_manager_class=_kernel_manager(lock.fd, log), shutdown_kernel='immediate',
@@ -672,7 +672,7 @@ def fill_notebook(
     import logging, papermill
     from traitlets.config import Config
     logging.getLogger('papermill').setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix='qisal-') as tmp, open(f'{tmp}/log.txt', 'w', encoding='utf-8') as log, _environment(dict(MPLBACKEND=None, PYTHONUTF8='1')):
+    with tempfile.TemporaryDirectory(prefix='qisal-') as tmp, open(f'{tmp}/log.txt', 'w', encoding='utf-8') as log, _environment(dict(MPLBACKEND=None, PYTHONUTF8='1') | home_variables(tmp)):
         papermill.execute_notebook(_as_is(template), _as_is(f'{tmp}/filled.ipynb'), parameters, cwd=_as_is(cwd), kernel_name='python3', language='python', progress_bar=progress,
             kernel_manager_class=_kernel_manager(log.fileno(), log), shutdown_kernel='immediate',
             config=Config({'KernelManager': {'transport': 'ipc', 'ip': f'{tmp}/ipc', 'connection_file': f'{tmp}/kernel.json'}}))
