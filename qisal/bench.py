@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'ROWS', 'GROUPS', 'PEERS', 'PER_CYCLE', 'Row', 'check_wishes', 'missing', 'make_dls', 'make_learner',
            'make_step', 'study_steps', 'brevitas_learner', 'fms_learner', 'fasterai_learner', 'peer_steps', 'quiet',
-           'peak_bytes', 'deploy_files', 'weight_bytes', 'onnx_runner', 'eager_runner', 'rested', 'latencies',
-           'instruction_set', 'byte_floor', 'node_seconds', 'products_only', 'first_prediction', 'growth',
-           'plot_scaling', 'in_words', 'results_frame', 'plot_rows', 'run_benchmark']
+           'peak_bytes', 'in_new_process', 'import_seconds', 'deploy_files', 'weight_bytes', 'onnx_runner',
+           'eager_runner', 'rested', 'latencies', 'instruction_set', 'byte_floor', 'node_seconds', 'products_only',
+           'first_prediction', 'time_study', 'growth', 'plot_scaling', 'in_words', 'results_frame', 'plot_rows',
+           'run_benchmark']
 
 # %% ../nbs/80_benchmark.ipynb #34e0b38d
 import importlib.util, json, os, re, subprocess, sys, tempfile, textwrap, time
@@ -252,13 +253,7 @@ def in_new_process(
     code:str, # Python that prints one number
 )->float:
     "That number. A process that fails raises `RuntimeError` with the end of what it said."
-<<<<<<< ours
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, encoding='utf-8', errors='replace')
-||||||| base
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
-=======
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, encoding='utf-8')
->>>>>>> theirs
     if r.returncode: raise RuntimeError(f'a measurement failed: {r.stderr[-500:]}')
     return float(r.stdout.split()[-1])
 
@@ -437,13 +432,7 @@ def time_study(
     "Run the smoke study in a process of its own."
     command = [sys.executable, '-m', 'qisal.cli', 'study', '--out', str(folder), '--jobs', str(jobs), '--threads', '1', *args]
     start = time.perf_counter()
-<<<<<<< ours
     r = subprocess.run(command, capture_output=True, encoding='utf-8', errors='replace')
-||||||| base
-    r = subprocess.run(command, capture_output=True, text=True)
-=======
-    r = subprocess.run(command, capture_output=True, text=True, encoding='utf-8')
->>>>>>> theirs
     wall = time.perf_counter() - start
     if r.returncode: raise RuntimeError(f'the study failed: {r.stderr[-500:]}')
     return wall, sum(json.loads(o.read_text(encoding='utf-8'))['timing']['total'] for o in Path(folder).glob('runs/*/metrics.json'))

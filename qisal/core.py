@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'ARCHS', 'BITS', 'WEIGHT_QUANTIZERS', 'ATTRIBUTIONS', 'FILLS', 'MODES', 'BACKGROUNDS', 'RUN_MODULES',
-           'BadInput', 'TrainingFailed', 'check_in', 'check_range', 'as_whole', 'as_bits', 'write_atomic', 'write_json',
-           'read_json', 'RunSpec', 'fitting_batch', 'complete_fields', 'lay_over', 'run_id', 'set_seed', 'reuse_memory',
-           'sha256_file', 'sha256_array', 'code_hash', 'asset', 'home_folder', 'home_variables', 'git_state',
-           'provenance']
+           'BadInput', 'TrainingFailed', 'check_in', 'check_text', 'check_range', 'as_whole', 'as_bits', 'write_atomic',
+           'write_json', 'read_json', 'RunSpec', 'fitting_batch', 'complete_fields', 'lay_over', 'run_id', 'set_seed',
+           'reuse_memory', 'sha256_file', 'sha256_array', 'code_hash', 'asset', 'home_folder', 'home_variables',
+           'git_state', 'provenance']
 
 # %% ../nbs/00_core.ipynb #2f3f06e2
 import ast, difflib, hashlib, json, math, numbers, os, platform, re, subprocess, sys, tempfile
@@ -37,30 +37,11 @@ def check_in(
 # %% ../nbs/00_core.ipynb #6ac1e4f9
 def check_text(
     name:str, # What the value is called, for the message
-<<<<<<< ours
-    value, # A name or path from the file system or the command line
-): # `value`
-    "Return `value` if it can be written as UTF-8, as all results are; else raise `BadInput`: a name that is no UTF-8, or that this locale can't read."
-    try: str(value).encode()
-    except UnicodeEncodeError:
-        try: raw = os.fsencode(value)
-        except UnicodeEncodeError: raise BadInput(f"{name} {str(value)!a} is no text; rename it.") from None
-        try: way = f"'{raw.decode()}' can't be read under this locale; set PYTHONUTF8=1, then run the same command again."
-        except UnicodeDecodeError: way = f"'{raw.decode(errors='backslashreplace')}' is not UTF-8; rename it."
-        raise BadInput(f'{name} {way}') from None
-||||||| base
-    value:str, # A name from the file system or the command line
-)->str: # `value`
-    "Return `value` if it can be written as UTF-8, as all results are; else raise `BadInput`."
-    try: value.encode()
-    except UnicodeEncodeError: raise BadInput(f"{name} {value!a} is not UTF-8 (its strange bytes stand as \\udc..); rename it.") from None
-=======
     value:str, # A name from the file system or the command line
 )->str: # `value`
     "Return `value` if it can be written as UTF-8, as all results are; else raise `BadInput`."
     try: value.encode()
     except UnicodeEncodeError: raise BadInput(f"{name} {value!a} is not UTF-8 text (its strange bytes stand as \\udc..); {_way_to_utf8(value)}.") from None
->>>>>>> theirs
     return value
 
 def _way_to_utf8(value)->str:

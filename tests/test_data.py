@@ -427,7 +427,7 @@ def test_names_that_are_not_utf8_are_refused(tmp_path):
     try: os.mkdir(os.fsencode(root) + b'/f\xfcr')
     except OSError: pytest.skip('this file system takes UTF-8 names only')
     for i in range(3): shutil.copy(root/'dog'/'0.png', os.fsencode(root) + b'/f\xfcr/%d.png' % i)
-    with pytest.raises(BadInput, match=r"The class folder .*f\\xfcr' is not UTF-8.*rename it") as e: folder_arrays(root)
+    with pytest.raises(BadInput, match=r"The class folder .*f\\udcfcr' is not UTF-8.*rename it") as e: folder_arrays(root)
     str(e.value).encode()  # the sentence itself can be printed
     with pytest.raises(BadInput, match='is not UTF-8'): get_dls('folder:' + os.fsdecode(os.fsencode(root) + b'/f\xfcr'))
     os.rename(os.fsencode(root) + b'/f\xfcr', root/'für')
