@@ -62,7 +62,8 @@ class LossParts:
     def announce(self, cb):
         "Let the Recorder of `cb`'s learner add the names when it next prepares a fit, once, if `cb` is still there."
         rec = getattr(cb.learn, 'recorder', None)
-        if rec is None or cb.learn.lock.locked(): return  # the lock is held by validate and get_preds, which train nothing
+        if cb.learn.lock.locked(): return self._rest(cb.learn)
+        if rec is None: return
         def before_fit():
             del rec.before_fit
             rec.before_fit()
@@ -70,6 +71,11 @@ class LossParts:
             i = len(rec.metric_names) - bool(rec.add_time)
             rec.metric_names = L([*rec.metric_names[:i], *self.names, *rec.metric_names[i:]])
         rec.before_fit = before_fit
+
+    def _rest(self, learn):
+        "validate and get_preds hold the lock and train nothing: callbacks that monitor one of the names stand still until they are done."
+        for o in learn.cbs:
+            if getattr(o, 'monitor', None) in self.names: o.run = False  # fastai sets it back after the fit
 
     def write(self, learn):
         "Put the means at the end of the Recorder's row; an epoch without training batches adds nothing."
@@ -117,7 +123,7 @@ class SaliencyMaskingCallback(Callback):
         self._parts = LossParts('ce', 'kl')
         self._forget()
 
-    def _forget(self): self._user_xb = self._x = self._pred = self._kl = self._ce = self._scale = None
+    def _forget(self): self._user_xb = self._x = self._grad = self._pred = self._kl = self._ce = self._scale = None
 
     def before_fit(self):
         self._forget()
@@ -131,13 +137,14 @@ class SaliencyMaskingCallback(Callback):
         x = guidable(self.learn.xb, self.frac).detach()
         self._user_xb,self._x = self.learn.xb,x.requires_grad_()
         if self.saliency_pass == 'shared': self.learn.xb = (x,)
+        else: self._grad = self._eval_gradient()
 
     def after_pred(self):
         if self._x is None: return
         self.learn.xb = self._user_xb
-        pred, y = check_classes(self.learn.pred, self.learn.yb[0] if len(self.learn.yb) == 1 else self.learn.yb)
+        pred, y = check_classes(self.learn.pred, self._label())
         self._pred = pred
-        if self.mode == 'exact': self._kl = self._masked_kl(self._input_gradient(y))
+        if self.mode == 'exact': self._kl = self._masked_kl(self._grad if self._grad is not None else saliency_gradient(pred, self._x, y, self.score))
         else: self._autocast = torch.is_autocast_enabled(pred.device.type),torch.get_autocast_dtype(pred.device.type)
 
     def after_loss(self):
@@ -157,10 +164,14 @@ class SaliencyMaskingCallback(Callback):
 
 # %% ../../nbs/06_callback.saliency.ipynb #21e9ed8b
 @patch
-def _input_gradient(self:SaliencyMaskingCallback, y):
-    "Gradient of the true-class score, from the graph of this batch's forward pass or from a pass in evaluation mode."
-    if self.saliency_pass == 'shared': return saliency_gradient(self._pred, self._x, y, self.score)
-    with eval_mode(self.model): return saliency_gradient(self.model, self._x, y, self.score)
+def _label(self:SaliencyMaskingCallback): return self.learn.yb[0] if len(self.learn.yb) == 1 else self.learn.yb
+
+@patch
+def _eval_gradient(self:SaliencyMaskingCallback):
+    "Gradient of the true-class score from a pass in evaluation mode, before the clean pass moves batch norm's statistics."
+    autocast = getattr(getattr(self.learn, 'mixed_precision', None), 'autocast', None)  # its own before_batch comes after ours
+    with eval_mode(self.model), autocast or nullcontext():
+        return saliency_gradient(self.model, self._x, self._label(), self.score)
 
 @patch
 def _masked_kl(self:SaliencyMaskingCallback, grad):
@@ -209,7 +220,7 @@ def fixed_images(
 )->tuple: # Images n x C x H x W, classes n
     "The same `n` images every time: from the loader's first batch, one of each class before the second of any. No random state moves."
     rng, state = getattr(dl, 'rng', None), dl.rng.getstate() if getattr(dl, 'rng', None) is not None else None
-    with untouched_rng(): b = dl.one_batch()
+    with untouched_rng(): b = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))  # torch's own loaders have none
     if rng is not None:
         dl.rng = rng
         rng.setstate(state)
