@@ -572,7 +572,7 @@ def test_a_notebook_that_is_filled_in_a_folder_with_braces(tmp_path):
 
 def test_names_that_are_no_utf8_are_refused_before_anything(tmp_path, template):
     odd = os.fsdecode(os.fsencode(tmp_path) + b'/Stra\xdfe')
-    with pytest.raises(BadInput, match=r'output folder .*Stra\\udcdfe' is not UTF-8 text .*rename it'): R.run_one(SPEC, odd, template)
+    with pytest.raises(BadInput, match=r'output folder .*Stra\\udcdfe. is not UTF-8 text .*rename it'): R.run_one(SPEC, odd, template)
     assert not os.path.exists(odd)
     photos = tmp_path/'photos'
     from PIL import Image
