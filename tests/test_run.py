@@ -621,6 +621,15 @@ except Exception as e: print(type(e).__name__, ascii(str(e)))''')
     assert r.stdout.startswith("BadInput ") and "set PYTHONUTF8=1" in r.stdout, r.stderr[-800:]
 
 
+def test_deeply_nested_files_are_damaged_files(tmp_path, out):
+    deep = '['*100_000 + ']'*100_000
+    folder(out).mkdir(parents=True)
+    (folder(out)/'metrics.json').write_text(deep)
+    assert R.read_metrics(folder(out)) is None
+    (tmp_path/'t.ipynb').write_text(deep)
+    with pytest.raises(BadInput, match='no notebook'): R.check_template(tmp_path/'t.ipynb')
+
+
 # ---------------------------------------------------------------- the real template
 
 def changed_template(path, after, code):
