@@ -11,7 +11,7 @@ __all__ = ['DRAWS', 'KEPT_MARGIN', 'run_setting', 'Study', 'read_study', 'bits_n
            'make_report', 'study_notebook']
 
 # %% ../nbs/12_report.ipynb #5b109fe2
-import base64, contextlib, functools, html, io, json, math, os, re, warnings
+import base64, contextlib, functools, html, io, json, math, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from .core import BadInput, as_bits, asset, complete_fields, read_json, write_atomic
@@ -598,16 +598,15 @@ _INK, _LINE, _FAINT, _PLAIN, _GUIDED, _LATER = '#1a1b1c', '#dcdddf', '#808488', 
 def _style(guided)->dict:
     return dict(color=_GUIDED if guided else _PLAIN, linestyle='--' if guided else '-', marker='s' if guided else 'o', markersize=4.5, linewidth=1.6, markerfacecolor='none' if guided else _PLAIN)
 
-def _dress(ax, title, xlabel, ylabel, n=1):
-    "Quiet axes; `n` shrinks nothing but says for how many panels there must be room."
-    ax.set_title(title, fontsize=10.5, loc='left', color=_INK, fontweight='bold')
-    ax.set_xlabel(xlabel, fontsize=9.5, color=_INK)
-    ax.set_ylabel(ylabel, fontsize=9.5, color=_INK)
-    ax.tick_params(labelsize=9, colors=_INK, length=3)
-    ax.grid(True, axis='y', color=_LINE, linewidth=.8)
-    ax.set_axisbelow(True)
+def _dress(ax, title, xlabel, ylabel):
+    "The axes of all figures of the library, in the page's colours."
+    from qisal.callback.saliency import plain_text
+    from qisal.interpret import _dress as dress
+    dress(ax, plain_text(title), xlabel, ylabel)
+    for o in (ax.title, ax.xaxis.label, ax.yaxis.label): o.set_color(_INK)
+    ax.tick_params(colors=_INK)
+    ax.grid(True, color=_LINE, linewidth=.8)
     ax.patch.set_visible(False)
-    ax.spines[['top', 'right']].set_visible(False)
     ax.spines[['left', 'bottom']].set_color(_FAINT)
 
 def _short(label)->str: return label.replace(', guided', '').replace('-bit', '')
@@ -675,16 +674,18 @@ def _after_groups(study)->list: # (title, rows of `after_table`)
 
 # %% ../nbs/12_report.ipynb #4a1af508
 @contextlib.contextmanager
-def _text_as_it_is():
-    "Names in figures are text: no dollar starts a formula, and no matplotlibrc sends them through LaTeX."
+def _study_style():
+    "The settings of all figures of the library: what is drawn inside never becomes LaTeX, whatever a matplotlibrc says."
     import matplotlib as mpl
-    with mpl.rc_context({'text.parse_math': False, 'text.usetex': False}): yield
+    from qisal.callback.saliency import study_style
+    with mpl.rc_context(study_style()): yield
 
 def _canvas(n, width=3.7, height=2.75, columns=4, layout='constrained'):
     "A figure that pyplot has let go of, and `n` axes in rows of at most `columns`."
     import matplotlib.pyplot as plt
+    from qisal.callback.saliency import StudyFigure
     cols = min(n, columns)
-    fig = plt.figure(figsize=(width*cols, height*-(-n//cols)), dpi=100, layout=layout)
+    fig = plt.figure(figsize=(width*cols, height*-(-n//cols)), dpi=100, layout=layout, FigureClass=StudyFigure)
     plt.close(fig)
     axs = fig.subplots(-(-n//cols), cols, squeeze=False).flatten()
     for ax in axs[n:]: ax.set_visible(False)
@@ -692,7 +693,7 @@ def _canvas(n, width=3.7, height=2.75, columns=4, layout='constrained'):
 
 def _legend(fig, axs, columns=4):
     handles = {label: h for ax in axs for h, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=min(len(handles), columns if fig.get_figwidth() > 7 else 2), fontsize=9.5, frameon=False, handlelength=3)
+    fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=min(len(handles), columns if fig.get_figwidth() > 7 else 2), fontsize=10, frameon=False, handlelength=3.4)
     return fig
 
 def plot_accuracy(
@@ -700,7 +701,7 @@ def plot_accuracy(
 ): # The `Figure`, a panel a dataset
     "Accuracy with 95 % intervals against bits, with and without guidance."
     acc = accuracy_table(study)
-    with _text_as_it_is():
+    with _study_style():
         fig, axs = _canvas(acc.dataset.nunique(), 4.4, 3.3)
         for ax, (_, g) in zip(axs, acc.groupby('dataset', sort=False)): _accuracy_panel(ax, g)
         return _legend(fig, axs)
@@ -713,8 +714,8 @@ def plot_masking(
     rows = [[(f'{dataset_name(d)}, {title}', c) for title, c in found[i:i + 4]] for d in study.table.dataset.unique() for found in [_panels(study, d, fill)] for i in range(0, len(found), 4)]
     if not rows: raise BadInput(f"The runs in '{Path(study.folder).name}' hold no masking curves{f' with fill {fill}' if fill else ''}; measure some (attributions).")
     cols, drawn = max(map(len, rows)), []
-    with _text_as_it_is():
-        fig, axs = _canvas(len(rows)*cols, 2.6, 2.4, cols)
+    with _study_style():
+        fig, axs = _canvas(len(rows)*cols, 3., 2.6, cols)
         for i, row in enumerate(rows):
             for ax, (title, c) in zip(axs[i*cols:], row):
                 _masking_panel(ax, c, title)
@@ -731,7 +732,7 @@ def plot_after(
     "Accuracy of files against bits: trained with quantization, and quantized after training."
     panels = _after_groups(study)
     if not panels: raise BadInput(f"No float run in '{Path(study.folder).name}' was measured as a file; do it with qisal report {Path(study.folder).name} --measure.")
-    with _text_as_it_is():
+    with _study_style():
         fig, axs = _canvas(len(panels), 4.4, 3.3, 2)
         for ax, (title, g) in zip(axs, panels): _after_panel(ax, g, title)
         return _legend(fig, axs, 2)
@@ -747,8 +748,7 @@ def to_svg(
     "A figure as inline SVG in the colours of the page, with a text alternative."
     import matplotlib as mpl
     buffer = io.StringIO()
-    with _text_as_it_is(), mpl.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': name, 'font.family': 'sans-serif'}), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing from')  # the text stays text: the reader's fonts draw it
+    with _study_style(), mpl.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': name, 'font.family': 'sans-serif'}):
         fig.savefig(buffer, format='svg', transparent=True, metadata={'Date': None, 'Creator': None})
     text = buffer.getvalue()
     text = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->', '', text[text.index('<svg'):], flags=re.S)
@@ -896,10 +896,10 @@ def _verdict_tables(v)->list:
 # %% ../nbs/12_report.ipynb #fc4474cf
 def layer_names(
     layers, # Names of quantized activations in a network's order, such as '3.relu1' or '14.input_quant'
-)->dict: # Name -> words: 'ReLU 1', 'ReLU 2', ...; 'input of 14' where an input is quantized
+)->dict: # Name -> words: 'activation 1', 'activation 2', ...; 'input of 14' where an input is quantized
     "Readable names of activation layers: counted in the network's order."
-    relus = iter(range(1, len(layers) + 1))
-    return {o: f"input of {o.removesuffix('.input_quant')}" if o.endswith('.input_quant') else f'ReLU {next(relus)}' for o in layers}
+    count = iter(range(1, len(layers) + 1))
+    return {o: f"input of {o.removesuffix('.input_quant')}" if o.endswith('.input_quant') else f'activation {next(count)}' for o in layers}
 
 def _alpha_tables(study, dataset)->list:
     "Clipping levels, a table a network: a row a setting, a column a layer; means over the seeds."
@@ -1190,7 +1190,7 @@ def _svg_figure(name, title, parts, caption, legend, draw)->dict:
     svgs, notes = [], []
     for i, (alt, *args) in enumerate(parts):
         try:
-            with _text_as_it_is():
+            with _study_style():
                 fig, (ax,) = _canvas(1, layout=None)  # fixed margins: a layout engine takes longer than the drawing
                 fig.subplots_adjust(left=.15, right=.985, top=.9, bottom=.19)
                 draw(ax, *args)
@@ -1293,7 +1293,7 @@ def save_figures(
     for name, plot in figures.items():
         buffer = io.BytesIO()
         try:
-            with _text_as_it_is(): plot(study).savefig(buffer, format='png', dpi=160, facecolor='white')
+            with _study_style(): plot(study).savefig(buffer, format='png', dpi=160, facecolor='white')
         except Exception as e:  # the report must not fall with a figure; an old picture of other numbers must not stay either
             (folder/f'{name}.png').unlink(missing_ok=True)
             study.notes.append(_undrawn(f'figures/{name}.png', e))

@@ -539,7 +539,7 @@ def test_words_instead_of_codes(tmp_path):
     put(out, RunSpec(bits='2'), error=dict(type='E', message='m', epoch=None, cell=None))
     main = re.sub(r'<td class="code">.*?</td>|<svg class.*?</svg>|base64,[\w+/=]*|data:.*?"', '', report_html(read_study(out)), flags=re.S)
     for word in ('fp32', 'small_cnn', 'resnet20', 'corner<', 'b4-plain', 'Fill: ', 'layer 1', 'relu_'): assert word not in main.split('<main>')[1].replace('3.relu1', ''), word
-    for word in ('small CNN', 'ResNet-20', '2-bit weights, 4-bit activations', 'training images 500', 'ReLU 2', 'input of 14', 'MNIST, small CNN, 2-bit, seed 0', 'test fills with the image’s mean'): assert word in main, word
+    for word in ('small CNN', 'ResNet-20', '2-bit weights, 4-bit activations', 'training images 500', 'activation 2', 'input of 14', 'MNIST, small CNN, 2-bit, seed 0', 'test fills with the image’s mean'): assert word in main, word
 
 # --- the page ---
 
