@@ -385,7 +385,7 @@ def home_variables(
 )->dict: # Environment variable -> folder; nothing where there is a home, and no variable that is set already
     "Where Jupyter and matplotlib shall put their files if the user has no home folder."
     if home_folder() is not None: return {}
-    return {o: str(folder) for o in ('JUPYTER_DATA_DIR', 'JUPYTER_CONFIG_DIR', 'MPLCONFIGDIR') if not os.environ.get(o)}
+    return {o: str(folder) for o in ('JUPYTER_DATA_DIR', 'JUPYTER_CONFIG_DIR', 'IPYTHONDIR', 'MPLCONFIGDIR') if not os.environ.get(o)}
 
 
 # %% ../nbs/00_core.ipynb #a54cfcaa
