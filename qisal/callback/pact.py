@@ -200,14 +200,20 @@ def _convert(self:PACTCallback):
     if _first_baked(net) is not None: return  # it answers as it is; `before_train` refuses to train it
     xb = _some_batches(learn.dls.train, 1)[0].to(next(net.parameters()).device)
     convert(net, self.policy, xb, input_range=self._range(), **self.kwargs)
-    net.pact_settings = (self.policy, self.kwargs)
+    net.pact_settings = self._settings(net)
     if learn.opt is not None and _trains(learn.opt, net): self._add_group(learn.opt)
 
 @patch
 def _is_converted(self:PACTCallback, net):
     "Did a callback with these settings convert the network, and has no layer been put in since?"
-    if not quant_layers(net) or any(type(m) in (nn.Conv2d, nn.Linear) for m in net.modules()): return False
-    return _first_baked(net) is not None or getattr(net, 'pact_settings', None) == (self.policy, self.kwargs)
+    if not quant_layers(net): return False
+    return _first_baked(net) is not None or getattr(net, 'pact_settings', None) == self._settings(net)
+
+@patch
+def _settings(self:PACTCallback, net):
+    "What a conversion depends on, and the layers that it left in float."
+    layers = [(n, m) for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return self.policy, self.kwargs, [n for n, m in layers if not isinstance(m, quant._QuantLayer)]
 
 @patch
 def _add_group(self:PACTCallback, opt):
@@ -366,7 +372,8 @@ def _tell(self:PACTCallback, what):
     w.told, q = True, _input_grids(bare_model(self.learn.model))[0]
     warnings.warn(f"{share:.1%} of the input values of this {what} pass lie outside the input grid, "
                   f"[{q.lo:.3g}, {q.hi:.3g}], and are clipped to its ends. If other data have taken the place "
-                  "of those trained on, fit once more; else give the range: PACTCallback(input_range=(smallest, largest)).")
+                  "of those trained on, fit once more; else give the range: "
+                  "PACTCallback(input_range=(smallest, largest)).")
 
 # %% ../../nbs/04_callback.pact.ipynb #410e119a
 @torch.no_grad()
