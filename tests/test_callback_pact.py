@@ -16,13 +16,14 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import *  # noqa: F403  (`fit_one_cycle`, `lr_find`)
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD, Adam, Lookahead, Optimizer, OptimWrapper, ranger
 from fastai.vision.augment import Brightness
+from fastai.vision.core import TensorImage
 from fastai.vision.data import ImageDataLoaders, Normalize
 
 from qisal import quant
@@ -631,6 +632,22 @@ def test_grid_of_a_known_normalisation(tmp_path, name, tfms, want):
     assert (grid(learn).lo, grid(learn).hi) == pytest.approx(want, rel=1e-6)
 
 
+def test_grid_follows_a_normalisation_that_is_added_later(tmp_path):
+    learn = image_learner(tmp_path, pact())
+    assert (grid(learn).lo, grid(learn).hi) == (0., 1.)
+    learn.dls.add_tfms([Normalize.from_stats(*STATS)], 'after_batch')
+    learn.fit(1)
+    assert (grid(learn).lo, grid(learn).hi) == pytest.approx((-.485/.229, (1 - .406)/.225), rel=1e-6)
+
+
+def test_a_normalisation_of_other_than_images_is_not_believed(tmp_path):
+    "Pixels of 0 to 255 that were never brought to 0 to 1: the grid is measured."
+    dls = DataLoaders(*[TfmdDL([(TensorImage(torch.rand(3, 12, 12)*255), i % 2) for i in range(64)], bs=16, num_workers=0,
+                               after_batch=[Normalize.from_stats(*STATS, cuda=False)]) for _ in range(2)])
+    learn = quiet(Learner(dls, small_net(), loss_func=CrossEntropyLossFlat(), path=tmp_path, cbs=pact()))
+    assert grid(learn).hi > 250/.225
+
+
 def brightness(n, classes):
     "Images of one brightness a class, with a little noise."
     x = torch.tensor([.1, .5, .9])[classes][:, None, None, None] + .05*torch.rand(n, 1, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -710,7 +727,7 @@ class Stream(IterableDataset):
 
 @pytest.mark.parametrize('name,train', [
     ('torch', lambda: tensors(1.)), ('not square', lambda: tensors(1., size=(9, 17))), ('subset', lambda: TorchLoader(tensors(1.).dataset, 8, sampler=SubsetRandomSampler(range(5, 40)))),
-    ('stream', lambda: TorchLoader(Stream(), 16)), ('batch sampler', lambda: TorchLoader(tensors(1.).dataset, batch_sampler=BatchSampler(SequentialSampler(range(64)), 16, False)))])
+    ('stream', lambda: TorchLoader(Stream(), 16)), ('fastai stream', lambda: DataLoader(Stream(), bs=16)), ('list', lambda: list(tensors(1.))), ('batch sampler', lambda: TorchLoader(tensors(1.).dataset, batch_sampler=BatchSampler(SequentialSampler(range(64)), 16, False)))])
 def test_plain_torch_loaders(tmp_path, name, train):
     learn = tensor_learner(tmp_path, train(), cbs=PACTCallback(alpha_init=.02))
     assert grid(learn).lo == 0 and .9 < grid(learn).hi < 1.2

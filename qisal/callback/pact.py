@@ -115,7 +115,7 @@ class PACTCallback(Callback):
     "Quantization-aware training: PACT activations (arXiv 1805.06085) and SAWB (arXiv 1807.06964) or DoReFa weights. `learn.pact` after it is added."
     order, name = -5, 'pact'  # after TrainEvalCallback (-10) has moved the model to its device
     _stateattrs = ('baked', '_measured')  # not pickled
-    baked, _measured = None, (None, None)
+    baked, _measured = None, (None, None, None)
     def __init__(self,
         w_bits:int|tuple=4, # Weight bits: 2, 3, 4, 5, 8 or 32 (float); a pair: for the earlier and the later half of the layers
         a_bits:int|tuple=4, # Activation bits, likewise
@@ -354,10 +354,11 @@ def _range(self:PACTCallback):
     if self.input_range is not None: return self.input_range
     dl = self.learn.dls.train
     dl = getattr(dl, '__dict__', {}).get('dl', dl)  # fastai's `DistributedDL` holds the loader that it splits
-    of, found = self._measured
-    if of is None or of() is not dl:
+    known = _known_range(dl)  # may change: a `Normalize` that is added
+    of, before, found = self._measured
+    if of is None or of() is not dl or known != before:
         found = find_input_range(dl)
-        if hasattr(type(dl), '__weakref__'): self._measured = weakref.ref(dl), found  # a list has none
+        if hasattr(type(dl), '__weakref__'): self._measured = weakref.ref(dl), known, found  # a list has none
     return found
 
 @patch
