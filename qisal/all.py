@@ -7,6 +7,7 @@ __all__ = ['MODULES', 'OURS_BY_MODULE']
 
 # %% ../nbs/14_all.ipynb #220246fe
 import importlib
+import qisal
 
 MODULES = ('core', 'data', 'models', 'quant', 'callback.pact', 'saliency', 'callback.saliency', 'metrics', 'interpret', 'cost', 'deploy', 'serve', 'worth', 'run', 'report')
 
@@ -16,4 +17,4 @@ OURS_BY_MODULE = {'accuracy': 'metrics', 'set_seed': 'core', 'get_model': 'model
 
 _names = {o: m for m in MODULES for o in importlib.import_module(f'qisal.{m}').__all__ if o not in OURS_BY_MODULE}
 globals().update({o: getattr(importlib.import_module(f'qisal.{m}'), o) for o, m in _names.items()})
-__all__ = list(_names)
+__all__ = ['qisal', *_names]

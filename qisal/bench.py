@@ -230,7 +230,7 @@ def quiet():
     "Silence what C++ code writes to the process's standard error: the profiler tells of its own start and of missing GPUs."
     kept = os.dup(2)
     try:
-        with open(os.devnull, 'w') as null: os.dup2(null.fileno(), 2)
+        with open(os.devnull, 'w', encoding='utf-8') as null: os.dup2(null.fileno(), 2)
         yield
     finally:
         os.dup2(kept, 2)

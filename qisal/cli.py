@@ -8,15 +8,24 @@ __all__ = ['app', 'SIZE', 'BACKGROUND', 'STUDY_HELP', 'RUN_HELP', 'PREDICT_HELP'
            'export_folder', 'bench', 'main']
 
 # %% ../nbs/13_cli.ipynb #a5c5e1d4
-import functools, os, shlex, signal, sys
+import contextlib, functools, os, shlex, signal, sys, tempfile
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from .core import BadInput, RunSpec, check_in, read_json
+from .core import BadInput, RunSpec, check_in, home_folder, home_variables, read_json
 
 # %% ../nbs/13_cli.ipynb #92d1cec6
 app = typer.Typer( no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Train, measure and explain quantized image classifiers. Each command has its own --help with examples.")
+
+def _version(wanted:bool):
+    if not wanted: return
+    from qisal import __version__
+    typer.echo(f'qisal {__version__}')
+    raise typer.Exit()
+
+@app.callback()
+def _options(version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help="Show the version and exit.")] = False): pass
 
 def polite(f):
     "Turn `BadInput` into one line and exit status 2, and Ctrl-C into exit status 130."
@@ -330,7 +339,7 @@ def export_folder(
 # %% ../nbs/13_cli.ipynb #86e5bcfc
 BENCH_HELP = """Time training and explaining on this machine, next to plain training and to other libraries that are installed.
 
-Groups of rows: steps, peers, resnet20, feeding, memory, curve, attributions, imports, study, ways, scaling. The machine should do nothing else meanwhile.
+Groups of rows: steps, peers, resnet20, feeding, memory, curve, attributions, imports, study, deploy, ways, scaling. The machine should do nothing else meanwhile.
 
 Examples:
 
@@ -358,16 +367,29 @@ def bench(
     typer.echo(f"\nresults: {os.path.relpath(out)}")
 
 # %% ../nbs/13_cli.ipynb #79660f61
+@contextlib.contextmanager
+def _surroundings():
+    "Text that the terminal can't show is spelled out instead of ending the command; a user without a home folder gets one for temporary files."
+    for o in (sys.stdout, sys.stderr):
+        if hasattr(o, 'reconfigure'): o.reconfigure(errors='backslashreplace')
+    if home_folder() is not None: yield
+    else:
+        with tempfile.TemporaryDirectory(prefix='qisal-') as tmp:
+            os.environ.update(home_variables(tmp))
+            yield
+
 def main():
     "The command `qisal`: runs it and exits with its status; wrong usage looks like any other bad input."
-    try: status = app(prog_name='qisal', standalone_mode=False)
-    except Exception as e:
-        if not hasattr(e, 'format_message'): raise
-        if type(e).__name__ == 'NoArgsIsHelpError': message = e.format_message()
-        else: message = f"qisal: error: {' '.join(e.format_message().split())} See {getattr(e.ctx, 'command_path', 'qisal')} --help."
-        typer.echo(message, err=True)
-        status = 2
+    with _surroundings():
+        try: status = app(prog_name='qisal', standalone_mode=False)
+        except Exception as e:
+            if not hasattr(e, 'format_message'): raise
+            if type(e).__name__ == 'NoArgsIsHelpError': message = e.format_message()
+            else: message = f"qisal: error: {' '.join(e.format_message().split())} See {getattr(e.ctx, 'command_path', 'qisal')} --help."
+            typer.echo(message, err=True)
+            status = 2
     sys.exit(status or 0)
+
 
 # %% ../nbs/13_cli.ipynb #2f74b575
 if __name__ == '__main__' and '__file__' in globals(): main()  # `python -m qisal.cli`, not this notebook

@@ -6,7 +6,8 @@
 __all__ = ['DATASETS', 'ARCHS', 'BITS', 'WEIGHT_QUANTIZERS', 'ATTRIBUTIONS', 'FILLS', 'MODES', 'BACKGROUNDS', 'RUN_MODULES',
            'BadInput', 'TrainingFailed', 'check_in', 'check_text', 'check_range', 'as_whole', 'as_bits', 'write_atomic',
            'write_json', 'read_json', 'RunSpec', 'fitting_batch', 'complete_fields', 'lay_over', 'run_id', 'set_seed',
-           'reuse_memory', 'sha256_file', 'sha256_array', 'code_hash', 'asset', 'git_state', 'provenance']
+           'reuse_memory', 'sha256_file', 'sha256_array', 'code_hash', 'asset', 'home_folder', 'home_variables',
+           'git_state', 'provenance']
 
 # %% ../nbs/00_core.ipynb #2f3f06e2
 import ast, difflib, hashlib, json, math, numbers, os, platform, re, subprocess, sys, tempfile
@@ -36,17 +37,18 @@ def check_in(
 # %% ../nbs/00_core.ipynb #6ac1e4f9
 def check_text(
     name:str, # What the value is called, for the message
-    value, # A name or path from the file system or the command line
-): # `value`
-    "Return `value` if it can be written as UTF-8, as all results are; else raise `BadInput`: a name that is no UTF-8, or that this locale can't read."
-    try: str(value).encode()
-    except UnicodeEncodeError:
-        try: raw = os.fsencode(value)
-        except UnicodeEncodeError: raise BadInput(f"{name} {str(value)!a} is no text; rename it.") from None
-        try: way = f"'{raw.decode()}' can't be read under this locale; set PYTHONUTF8=1, then run the same command again."
-        except UnicodeDecodeError: way = f"'{raw.decode(errors='backslashreplace')}' is not UTF-8; rename it."
-        raise BadInput(f'{name} {way}') from None
+    value:str, # A name from the file system or the command line
+)->str: # `value`
+    "Return `value` if it can be written as UTF-8, as all results are; else raise `BadInput`."
+    try: value.encode()
+    except UnicodeEncodeError: raise BadInput(f"{name} {value!a} is not UTF-8 text (its strange bytes stand as \\udc..); {_way_to_utf8(value)}.") from None
     return value
+
+def _way_to_utf8(value)->str:
+    "Is it the name that is no UTF-8, or does this process read names in another way?"
+    try: os.fsencode(value).decode()
+    except UnicodeError: return 'rename it'
+    return f"this process reads names as {sys.getfilesystemencoding()}; use a UTF-8 locale, or set PYTHONUTF8=1"
 
 
 # %% ../nbs/00_core.ipynb #7c2c941b
@@ -130,9 +132,9 @@ def write_json(
 def read_json(
     path, # The file to read
 ): # The object
-    "Read a JSON file; one that is no JSON gets a `BadInput` that names it."
-    try: return json.loads(Path(path).read_text())
-    except json.JSONDecodeError as e: raise BadInput(f"{Path(path).name} is no valid JSON ({e}); delete or restore it.") from e
+    "Read a JSON file; one that is no JSON, no UTF-8 or nested too deeply gets a `BadInput` that names it."
+    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e: raise BadInput(f"{Path(path).name} is no valid JSON ({e}); delete or restore it.") from e
 
 # %% ../nbs/00_core.ipynb #082b6219
 @dataclass(frozen=True)
@@ -353,7 +355,8 @@ def code_hash(
     "SHA-256 over the code (not the comments or docstrings) of the modules that a run's numbers depend on."
     h = hashlib.sha256()
     for name in modules:
-        h.update(f'{name}\n{_bare((_package()/f"{name}.py").read_text())}\n'.encode())
+        source = (_package()/f'{name}.py').read_text(encoding='utf-8')
+        h.update(f'{name}\n{_bare(source)}\n'.encode())
     return h.hexdigest()
 
 # %% ../nbs/00_core.ipynb #98b19520
@@ -370,11 +373,26 @@ def asset(
         if o.exists(): return o
     raise BadInput(f"{'/'.join(parts)} is missing from this installation of qisal; reinstall it.")
 
+# %% ../nbs/00_core.ipynb #4f8b2e16
+def home_folder()->Path|None:
+    "The user's home folder; None where there is none, or it can't be written."
+    try: home = Path.home()
+    except RuntimeError: return None
+    return home if home.is_absolute() and os.access(home, os.W_OK | os.X_OK) else None
+
+def home_variables(
+    folder, # A folder that can be written
+)->dict: # Environment variable -> folder; nothing where there is a home, and no variable that is set already
+    "Where Jupyter and matplotlib shall put their files if the user has no home folder."
+    if home_folder() is not None: return {}
+    return {o: str(folder) for o in ('JUPYTER_DATA_DIR', 'JUPYTER_CONFIG_DIR', 'IPYTHONDIR', 'MPLCONFIGDIR') if not os.environ.get(o)}
+
+
 # %% ../nbs/00_core.ipynb #a54cfcaa
 def _git(*args)->str|None:
     "A git command's output on the checkout that holds this package, or None outside of one."
     if not (_package().parent/'.git').exists(): return None
-    try: r = subprocess.run(['git', '-C', str(_package().parent), *args], capture_output=True, text=True, timeout=20)
+    try: r = subprocess.run(['git', '-C', str(_package().parent), *args], capture_output=True, encoding='utf-8', errors='replace', timeout=20)
     except (OSError, subprocess.TimeoutExpired): return None
     return r.stdout.strip() if r.returncode == 0 else None
 
@@ -387,7 +405,7 @@ def git_state()->dict|None: # `commit` (40 hex digits) and `dirty` (files differ
 # %% ../nbs/00_core.ipynb #6d56500e
 def _cpu_name()->str:
     "The processor's name as the system tells it."
-    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
+    try: lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
     except OSError: return platform.processor() or platform.machine()
     names = [o.split(':', 1)[1].strip() for o in lines if o.startswith('model name')]
     return names[0] if names else platform.machine()

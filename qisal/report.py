@@ -11,7 +11,7 @@ __all__ = ['DRAWS', 'KEPT_MARGIN', 'run_setting', 'Study', 'read_study', 'bits_n
            'make_report', 'study_notebook']
 
 # %% ../nbs/12_report.ipynb #5b109fe2
-import base64, contextlib, functools, html, io, json, math, os, re, warnings
+import base64, contextlib, functools, html, io, json, math, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from .core import BadInput, as_bits, asset, complete_fields, read_json, write_atomic
@@ -540,10 +540,21 @@ def _share(g, column)->dict:
     g = g[g[column].notna()] if g is not None else ()
     return _interval(g.assign(accuracy=g[column])) if len(g) else dict(accuracy=math.nan, low=math.nan, high=math.nan)
 
-def _after_row(full, bits, g)->dict:
+def _paired_files(study, g, full, bits)->dict: # low, high and basis; {} where a file's answers were not kept
+    "The interval of one seed's file against the float network quantized after training, paired by image."
+    from qisal.worth import unpack_answers
+    seed, = set(g.seed[g.file_accuracy.notna()]) & set(full.seed[full[f'after_{bits}'].notna()])
+    mine, other = (study.run(rows.run_id[rows.seed == seed].iloc[0]) for rows in (g, full))
+    after = next(o for o in other['shipped']['after_training'] if (o['by'], o['bits']) == ('qisal', bits))
+    x, y = (unpack_answers(o, run['metrics']['n_test']) for o, run in ((mine['shipped'], mine), (after, other)))
+    if x is None or y is None: return {}
+    return dict(zip(('low', 'high'), paired_newcombe_interval(*(int(o.sum()) for o in (x & y, x & ~y, ~x & y, ~x & ~y)))[1:]), basis='paired')
+
+def _after_row(study, full, bits, g)->dict:
     "One width: a float setting quantized after training, and a setting trained at that width (None: there is none)."
     first = full.iloc[0]
     d = None if g is None else setting_difference(g.assign(accuracy=g.file_accuracy), full.assign(accuracy=full[f'after_{bits}']), 'accuracy')
+    if d and d['basis'] == 'images': d |= _paired_files(study, g, full, bits)
     row = dict(dataset=first.dataset, arch=first.arch, guided=bool(first.guided), bits=bits, label=g.label.iloc[0] if g is not None else f"{bits_name(bits)}{', guided' if first.guided else ''}")
     shares = dict(float=_share(full, 'file_accuracy'), trained=_share(g, 'file_accuracy'), after=_share(full, f'after_{bits}'), theirs=_share(full if bits == '8' else None, 'after_theirs'))
     for name, o in shares.items(): row |= {name: o['accuracy'], f'{name}_low': o['low'], f'{name}_high': o['high']}
@@ -558,7 +569,7 @@ def after_table(
     for key, full in t[(t.bits == '32') & t.after_8.notna()].groupby('group', sort=False) if len(t) else ():
         for bits in _AFTER:
             trained = t[(t.full == key) & (t.bits == bits) & t.file_accuracy.notna()]
-            rows += [_after_row(full, bits, g) for g in ([o for _, o in trained.groupby('group', sort=False)] or [None])]
+            rows += [_after_row(study, full, bits, g) for g in ([o for _, o in trained.groupby('group', sort=False)] or [None])]
     names = [f'{o}{e}' for o in ('float', 'trained', 'after', 'theirs') for e in ('', '_low', '_high')]
     return pd.DataFrame(rows, columns=['dataset', 'arch', 'guided', 'bits', 'label', *names, 'mean', 'low', 'high', 'seeds', 'basis'])
 
@@ -587,16 +598,15 @@ _INK, _LINE, _FAINT, _PLAIN, _GUIDED, _LATER = '#1a1b1c', '#dcdddf', '#808488', 
 def _style(guided)->dict:
     return dict(color=_GUIDED if guided else _PLAIN, linestyle='--' if guided else '-', marker='s' if guided else 'o', markersize=4.5, linewidth=1.6, markerfacecolor='none' if guided else _PLAIN)
 
-def _dress(ax, title, xlabel, ylabel, n=1):
-    "Quiet axes; `n` shrinks nothing but says for how many panels there must be room."
-    ax.set_title(title, fontsize=10.5, loc='left', color=_INK, fontweight='bold')
-    ax.set_xlabel(xlabel, fontsize=9.5, color=_INK)
-    ax.set_ylabel(ylabel, fontsize=9.5, color=_INK)
-    ax.tick_params(labelsize=9, colors=_INK, length=3)
-    ax.grid(True, axis='y', color=_LINE, linewidth=.8)
-    ax.set_axisbelow(True)
+def _dress(ax, title, xlabel, ylabel):
+    "The axes of all figures of the library, in the page's colours."
+    from qisal.callback.saliency import plain_text
+    from qisal.interpret import _dress as dress
+    dress(ax, plain_text(title), xlabel, ylabel)
+    for o in (ax.title, ax.xaxis.label, ax.yaxis.label): o.set_color(_INK)
+    ax.tick_params(colors=_INK)
+    ax.grid(True, color=_LINE, linewidth=.8)
     ax.patch.set_visible(False)
-    ax.spines[['top', 'right']].set_visible(False)
     ax.spines[['left', 'bottom']].set_color(_FAINT)
 
 def _short(label)->str: return label.replace(', guided', '').replace('-bit', '')
@@ -664,16 +674,18 @@ def _after_groups(study)->list: # (title, rows of `after_table`)
 
 # %% ../nbs/12_report.ipynb #4a1af508
 @contextlib.contextmanager
-def _text_as_it_is():
-    "Names in figures are text: no dollar starts a formula, and no matplotlibrc sends them through LaTeX."
+def _study_style():
+    "The settings of all figures of the library: what is drawn inside never becomes LaTeX, whatever a matplotlibrc says."
     import matplotlib as mpl
-    with mpl.rc_context({'text.parse_math': False, 'text.usetex': False}): yield
+    from qisal.callback.saliency import study_style
+    with mpl.rc_context(study_style()): yield
 
 def _canvas(n, width=3.7, height=2.75, columns=4, layout='constrained'):
     "A figure that pyplot has let go of, and `n` axes in rows of at most `columns`."
     import matplotlib.pyplot as plt
+    from qisal.callback.saliency import StudyFigure
     cols = min(n, columns)
-    fig = plt.figure(figsize=(width*cols, height*-(-n//cols)), dpi=100, layout=layout)
+    fig = plt.figure(figsize=(width*cols, height*-(-n//cols)), dpi=100, layout=layout, FigureClass=StudyFigure)
     plt.close(fig)
     axs = fig.subplots(-(-n//cols), cols, squeeze=False).flatten()
     for ax in axs[n:]: ax.set_visible(False)
@@ -681,7 +693,7 @@ def _canvas(n, width=3.7, height=2.75, columns=4, layout='constrained'):
 
 def _legend(fig, axs, columns=4):
     handles = {label: h for ax in axs for h, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=min(len(handles), columns if fig.get_figwidth() > 7 else 2), fontsize=9.5, frameon=False, handlelength=3)
+    fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=min(len(handles), columns if fig.get_figwidth() > 7 else 2), fontsize=10, frameon=False, handlelength=3.4)
     return fig
 
 def plot_accuracy(
@@ -689,7 +701,7 @@ def plot_accuracy(
 ): # The `Figure`, a panel a dataset
     "Accuracy with 95 % intervals against bits, with and without guidance."
     acc = accuracy_table(study)
-    with _text_as_it_is():
+    with _study_style():
         fig, axs = _canvas(acc.dataset.nunique(), 4.4, 3.3)
         for ax, (_, g) in zip(axs, acc.groupby('dataset', sort=False)): _accuracy_panel(ax, g)
         return _legend(fig, axs)
@@ -702,8 +714,8 @@ def plot_masking(
     rows = [[(f'{dataset_name(d)}, {title}', c) for title, c in found[i:i + 4]] for d in study.table.dataset.unique() for found in [_panels(study, d, fill)] for i in range(0, len(found), 4)]
     if not rows: raise BadInput(f"The runs in '{Path(study.folder).name}' hold no masking curves{f' with fill {fill}' if fill else ''}; measure some (attributions).")
     cols, drawn = max(map(len, rows)), []
-    with _text_as_it_is():
-        fig, axs = _canvas(len(rows)*cols, 2.6, 2.4, cols)
+    with _study_style():
+        fig, axs = _canvas(len(rows)*cols, 3., 2.6, cols)
         for i, row in enumerate(rows):
             for ax, (title, c) in zip(axs[i*cols:], row):
                 _masking_panel(ax, c, title)
@@ -720,7 +732,7 @@ def plot_after(
     "Accuracy of files against bits: trained with quantization, and quantized after training."
     panels = _after_groups(study)
     if not panels: raise BadInput(f"No float run in '{Path(study.folder).name}' was measured as a file; do it with qisal report {Path(study.folder).name} --measure.")
-    with _text_as_it_is():
+    with _study_style():
         fig, axs = _canvas(len(panels), 4.4, 3.3, 2)
         for ax, (title, g) in zip(axs, panels): _after_panel(ax, g, title)
         return _legend(fig, axs, 2)
@@ -736,8 +748,7 @@ def to_svg(
     "A figure as inline SVG in the colours of the page, with a text alternative."
     import matplotlib as mpl
     buffer = io.StringIO()
-    with _text_as_it_is(), mpl.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': name, 'font.family': 'sans-serif'}), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing from')  # the text stays text: the reader's fonts draw it
+    with _study_style(), mpl.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': name, 'font.family': 'sans-serif'}):
         fig.savefig(buffer, format='svg', transparent=True, metadata={'Date': None, 'Creator': None})
     text = buffer.getvalue()
     text = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->', '', text[text.index('<svg'):], flags=re.S)
@@ -885,10 +896,10 @@ def _verdict_tables(v)->list:
 # %% ../nbs/12_report.ipynb #fc4474cf
 def layer_names(
     layers, # Names of quantized activations in a network's order, such as '3.relu1' or '14.input_quant'
-)->dict: # Name -> words: 'ReLU 1', 'ReLU 2', ...; 'input of 14' where an input is quantized
+)->dict: # Name -> words: 'activation 1', 'activation 2', ...; 'input of 14' where an input is quantized
     "Readable names of activation layers: counted in the network's order."
-    relus = iter(range(1, len(layers) + 1))
-    return {o: f"input of {o.removesuffix('.input_quant')}" if o.endswith('.input_quant') else f'ReLU {next(relus)}' for o in layers}
+    count = iter(range(1, len(layers) + 1))
+    return {o: f"input of {o.removesuffix('.input_quant')}" if o.endswith('.input_quant') else f'activation {next(count)}' for o in layers}
 
 def _alpha_tables(study, dataset)->list:
     "Clipping levels, a table a network: a row a setting, a column a layer; means over the seeds."
@@ -911,7 +922,7 @@ def _alpha_table(df, title)->dict:
     bound = df[df.touched.astype(bool)]
     note = 'In brackets: the share of the activations that alpha clips. '
     note += f"† An alpha touched its lower bound during training ({'; '.join(sorted({f'{r.label}, {names[r.layer]}' for r in bound.itertuples()}))}): it was held there, and the numbers of that setting deserve distrust." if len(bound) else 'No alpha touched its lower bound.'
-    note += f" Layers are counted in the network’s order; their names in the code: {', '.join(f'{v} is {k}' for k, v in names.items())}."
+    note += f" Layers are counted in the network’s order; their names in the code, in this order: {', '.join(names)}."
     return _table(f'{title}: the clipping level alpha of each activation layer', ['setting', *[f'>{o}' for o in names.values()]], rows, note)
 
 def _cost_table(study)->dict|None:
@@ -957,7 +968,7 @@ def _after_tables(study)->list:
                  _num(a['mean'][r.Index], 2, 100, True), _cell('–' if math.isnan(r.low) else f'{_points(r.low, 2)} to {_points(r.high, 2)}', 'n'), _cell(r.seeds or '–', 'n')] for r in g.itertuples()]
         res.append(_table(f'{dataset_name(d)}: accuracy of the files / %', ['setting', '>trained', '>95 % interval', '>calibrated', '>95 % interval', '>onnxruntime', '>float', '>gain / points', '>95 % interval', '>seeds'], rows))
     if len(res): res[-1]['note'] = ('Trained: with quantization, at this width; – where nothing was. Calibrated: the float network, its weights by SAWB, its alphas set on training images, first and last layer at 8 bits as in training. '
-        'onnxruntime: the float network by its static quantizer, 8 bits in all layers, one scale a channel. Gain: trained minus calibrated.')
+        'onnxruntime: the float network by its static quantizer, 8 bits in all layers, one scale a channel. Gain: trained minus calibrated; its interval is ' + ' or '.join(_BASIS[o] for o in dict.fromkeys(a.basis[a.basis != 'none'])) + '.')
     return res
 
 # %% ../nbs/12_report.ipynb #140b6723
@@ -1162,7 +1173,7 @@ _PAGE = """<!DOCTYPE html>
 {% if grids %}<section aria-labelledby="maps"><h2 id="maps">Saliency maps</h2><p>The first test image of each class and, for each network of the first seed, the magnitude of the true class’s gradient: black is none, light yellow the most. Each map has its own scale. A red arrow names a wrong prediction.</p>{% for g in grids %}{{ grid(g) }}{% endfor %}</section>{% endif %}
 {% if alphas %}<section aria-labelledby="alphas"><h2 id="alphas">Clipping levels</h2><p>PACT learns for each activation layer the level alpha at which it clips. A small alpha means a fine grid and many clipped values.</p>{% for t in alphas %}{{ table(t) }}{% endfor %}</section>{% endif %}
 {% if cost %}<section aria-labelledby="cost"><h2 id="cost">Cost</h2>{{ table(cost) }}</section>{% endif %}
-{% if ships %}<section aria-labelledby="ships"><h2 id="ships">What ships</h2>{% if ships.tables %}<p>Each network as the file that leaves the house: its real bytes, scales, biases and structure included, its answers on the whole test set in onnxruntime, and its time there next to the float network’s.</p>{% for t in ships.tables %}{{ table(t) }}{% endfor %}{% endif %}{% for n in ships.notes %}<p class="note">{{ n }}</p>{% endfor %}</section>{% endif %}
+{% if ships %}<section aria-labelledby="ships"><h2 id="ships">What ships</h2>{% if ships.tables %}<p>Each network as the file that is shipped: its real bytes, scales, biases and structure included, its answers on the whole test set in onnxruntime, and its time there next to the float network’s.</p>{% for t in ships.tables %}{{ table(t) }}{% endfor %}{% endif %}{% for n in ships.notes %}<p class="note">{{ n }}</p>{% endfor %}</section>{% endif %}
 {% if after %}<section aria-labelledby="after"><h2 id="after">Quantized after training</h2><p>What did it buy to train with quantization? The float networks of this study were also quantized without training, by calibration on a few hundred training images. {{ after.gain.text }}</p>{% if after.gain.caveat %}<p class="note">{{ after.gain.caveat }}</p>{% endif %}{{ figure(after.figure) }}{% for t in after.tables %}{{ table(t) }}{% endfor %}</section>{% endif %}
 {% if times %}<section aria-labelledby="times"><h2 id="times">Run times</h2>{{ table(times) }}</section>{% endif %}
 <section aria-labelledby="failures"><h2 id="failures">Failures</h2>{% if failures %}<p>These runs ended with an error and are in no table or figure above.</p>{{ table(failures) }}{% else %}<p>No run failed.</p>{% endif %}
@@ -1179,7 +1190,7 @@ def _svg_figure(name, title, parts, caption, legend, draw)->dict:
     svgs, notes = [], []
     for i, (alt, *args) in enumerate(parts):
         try:
-            with _text_as_it_is():
+            with _study_style():
                 fig, (ax,) = _canvas(1, layout=None)  # fixed margins: a layout engine takes longer than the drawing
                 fig.subplots_adjust(left=.15, right=.985, top=.9, bottom=.19)
                 draw(ax, *args)
@@ -1282,7 +1293,7 @@ def save_figures(
     for name, plot in figures.items():
         buffer = io.BytesIO()
         try:
-            with _text_as_it_is(): plot(study).savefig(buffer, format='png', dpi=160, facecolor='white')
+            with _study_style(): plot(study).savefig(buffer, format='png', dpi=160, facecolor='white')
         except Exception as e:  # the report must not fall with a figure; an old picture of other numbers must not stay either
             (folder/f'{name}.png').unlink(missing_ok=True)
             study.notes.append(_undrawn(f'figures/{name}.png', e))

@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
-from .core import (BadInput, RunSpec, DATASETS, as_bits, asset, check_in, check_range, check_text, code_hash, provenance, read_json,
+from .core import (BadInput, RunSpec, DATASETS, as_bits, asset, check_in, check_range, check_text, code_hash, home_variables, provenance, read_json,
                         sha256_file, write_atomic, write_json)
 
 # %% ../nbs/11_run.ipynb #dd016b49
@@ -97,7 +97,7 @@ def check_template(
     template=None, # Path of a notebook; None: the package's `90_experiment.ipynb`
 )->Path: # The notebook
     "The template, after a check that it has a parameter for every field of `RunSpec`, `out` and `n_threads`, and no other."
-    path = asset('templates', '90_experiment.ipynb') if template is None else Path(check_text('the template', template))
+    path = asset('templates', '90_experiment.ipynb') if template is None else Path(check_text('the template', str(template)))
     have, need = set(template_parameters(path)), {o.name for o in fields(RunSpec)} | {'out', 'n_threads'}
     for what, names in (('lacks', need - have), ('has unknown', have - need)):
         if names: raise BadInput(f"template {path.name} {what} parameter(s): {', '.join(sorted(names))}; its parameters cell must name {', '.join(sorted(need))}.")
@@ -290,7 +290,7 @@ def check_out(
     need:int=NEED_BYTES, # Free bytes that its disk must have
 )->Path: # The folder
     "Make and check a study's folder: a folder, writable, with room, and of this version of the results format."
-    out = Path(check_text('the output folder', out))
+    out = Path(check_text('the output folder', str(out)))
     with disk_errors(out):
         try: out.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError as e: raise BadInput(f"{out} cannot be made ({e.strerror}); choose another output folder.") from e
@@ -376,7 +376,7 @@ def _execute(
     logging.getLogger('papermill').setLevel(logging.WARNING)
     with open(folder/'log.txt', 'a', encoding='utf-8') as log, _private_folder(lock) as private:
         variables = {o: str(parameters['n_threads']) for o in THREAD_VARIABLES}
-        variables |= dict(PYTHONUTF8='1', JUPYTER_RUNTIME_DIR=str(private), IPYTHONDIR=str(private), MPLBACKEND=None)  # no MPLBACKEND: figures inline
+        variables |= dict(PYTHONUTF8='1', JUPYTER_RUNTIME_DIR=str(private), IPYTHONDIR=str(private), MPLBACKEND=None) | home_variables(private)  # no MPLBACKEND: figures inline
         with _environment(variables):
             papermill.execute_notebook(_as_is(template), _as_is(folder/'run.part.ipynb'), parameters=parameters, kernel_name='python3', language='python',
                 progress_bar=False, kernel_manager_class=_kernel_manager(lock.fd, log), shutdown_kernel='immediate',
@@ -687,7 +687,7 @@ def fill_notebook(
     import logging, papermill
     from traitlets.config import Config
     logging.getLogger('papermill').setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix='qisal-') as tmp, open(f'{tmp}/log.txt', 'w', encoding='utf-8') as log, _environment(dict(MPLBACKEND=None, PYTHONUTF8='1')):
+    with tempfile.TemporaryDirectory(prefix='qisal-') as tmp, open(f'{tmp}/log.txt', 'w', encoding='utf-8') as log, _environment(dict(MPLBACKEND=None, PYTHONUTF8='1') | home_variables(tmp)):
         papermill.execute_notebook(_as_is(template), _as_is(f'{tmp}/filled.ipynb'), parameters, cwd=str(cwd), kernel_name='python3', language='python', progress_bar=progress,
             kernel_manager_class=_kernel_manager(log.fileno(), log), shutdown_kernel='immediate',
             config=Config({'KernelManager': {'transport': 'ipc', 'ip': f'{tmp}/ipc', 'connection_file': f'{tmp}/kernel.json'}}))

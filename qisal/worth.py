@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SHIPPED_FORMAT', 'CALIBRATION', 'ROUNDS', 'SAMPLE_CALIBRATION', 'SAMPLE_ROUNDS', 'interleave', 'ratio',
            'file_accuracy', 'latency_ratio', 'static_int8', 'post_training', 'read_shipped', 'is_measured',
-           'write_shipped', 'run_data', 'calibration_images', 'measure_run']
+           'write_shipped', 'pack_answers', 'unpack_answers', 'run_data', 'calibration_images', 'measure_run']
 
 # %% ../nbs/10_worth.ipynb #0102523f
-import contextlib, functools, logging, os, tempfile, time
+import base64, contextlib, functools, logging, os, tempfile, time
 from datetime import datetime, timezone
 from pathlib import Path
 import numpy as np
@@ -52,7 +52,7 @@ def file_accuracy(
     dl_or_xy, # A `DataLoader`, or a pair (normalised float images `N x C x H x W`, labels `N`)
     threads:int=1, # Of onnxruntime
     batch:int=256, # Images at once, for a pair; a loader has its own
-)->dict: # `accuracy` (0 to 1), `n_test`, `logits` (float32, N x classes)
+)->dict: # `accuracy` (0 to 1), `n_test`, `logits` (float32, N x classes), `right` (bool, N)
     "Accuracy of an ONNX file on all images, in onnxruntime. Raises `BadInput` for a file or images that don't fit."
     from torch import nn
     from qisal.deploy import onnx_session
@@ -67,7 +67,8 @@ def file_accuracy(
     logits, labels = np.concatenate(logits), np.concatenate(labels)
     if labels.max() >= logits.shape[1]: raise BadInput(f"the labels go up to {labels.max()}, {Path(file).name} knows {logits.shape[1]} classes; give the labels it was made for.")
     if not np.isfinite(logits).all(): raise BadInput(f"{Path(file).name} gives logits that are no finite numbers; export the network again.")
-    return dict(accuracy=float((logits.argmax(1) == labels).mean()), n_test=len(labels), logits=logits)
+    right = logits.argmax(1) == labels
+    return dict(accuracy=float(right.mean()), n_test=len(labels), logits=logits, right=right)
 
 # %% ../nbs/10_worth.ipynb #10a6a294
 def latency_ratio(
@@ -187,6 +188,23 @@ def write_shipped(
     write_json(Path(folder)/'shipped.json', s)
     return s
 
+# %% ../nbs/10_worth.ipynb #c0a1b270
+def pack_answers(
+    right, # Truth values, one a test image: was the answer right?
+)->str: # Base64 of eight images a byte
+    "Right or wrong of every test image as text, for a JSON file."
+    return base64.b64encode(np.packbits(np.asarray(right, bool)).tobytes()).decode()
+
+def unpack_answers(
+    found:dict, # Something measured: `accuracy` and, unless an earlier version measured it, `answers`
+    n:int, # Number of test images
+): # Truth values, one a test image; None where there are none, or they do not give the accuracy
+    "What `pack_answers` packed."
+    if 'answers' not in found: return None
+    raw = np.frombuffer(base64.b64decode(found['answers']), np.uint8)
+    right = np.unpackbits(raw, count=n).astype(bool) if len(raw) == -(-n//8) else np.zeros(0, bool)
+    return right if len(right) and abs(right.mean() - found['accuracy']) < .1/n else None
+
 # %% ../nbs/10_worth.ipynb #e06f0353
 def _finished(folder)->dict:
     "The metrics of a finished run."
@@ -243,7 +261,9 @@ def _float_file(model, config, dls, spec, threads)->tuple: # (answers of the fil
     shape, images = (config['n_in'], config['size'], config['size']), calibration_images(dls, SAMPLE_CALIBRATION if spec['sample'] else CALIBRATION, spec['seed'])
     after = []
     with tempfile.TemporaryDirectory() as d:
-        def note(by, bits, file): after.append(dict(by=by, bits=bits, accuracy=file_accuracy(file, dls.test, threads)['accuracy'], bytes=Path(file).stat().st_size))
+        def note(by, bits, file):
+            f = file_accuracy(file, dls.test, threads)
+            after.append(dict(by=by, bits=bits, accuracy=f['accuracy'], bytes=Path(file).stat().st_size, answers=pack_answers(f['right'])))
         floats = float_onnx(model, Path(d)/'float.onnx', shape)
         found, size = file_accuracy(floats, dls.test, threads), floats.stat().st_size
         note('onnxruntime', '8', static_int8(floats, Path(d)/'int8.onnx', images))
@@ -284,5 +304,5 @@ def measure_run(
     small = bool(quant_layers(model))
     found, facts = _quantized_file(model, config, dls, folder, rounds, threads) if small else _float_file(model, config, dls, spec, threads)
     differ = int((found['logits'].argmax(1) != in_torch.argmax(1)).sum())
-    return write_shipped(folder, m, dict(kind='quantized' if small else 'float', accuracy=found['accuracy'], n_test=found['n_test'], differ=differ, **facts,
+    return write_shipped(folder, m, dict(kind='quantized' if small else 'float', accuracy=found['accuracy'], n_test=found['n_test'], answers=pack_answers(found['right']), differ=differ, **facts,
         others=others, load=load, seconds=round(time.perf_counter() - begun, 3), provenance={**_where(), 'date': datetime.now(timezone.utc).isoformat(timespec='seconds')}))

@@ -77,9 +77,8 @@ def step(model, xb, yb, loss_func, *, frac=.5, fill='random', lam=1., signed=Tru
          score='logit', update_bn=False):
     "Loss parts and all parameter gradients of one guided training step, from the current random state. The model is left with its gradients."
     model.zero_grad()
-    grad = input_gradient(model, xb, yb, score, evaluate=False) if saliency_pass == 'shared' else None
+    grad = input_gradient(model, xb, yb, score, evaluate=saliency_pass == 'eval')  # before the clean pass moves batch norm's statistics
     pred = model(xb)
-    if saliency_pass == 'eval': grad = input_gradient(model, xb, yb, score, evaluate=True)
     masked = masked_copy(xb, grad, frac, fill, signed)
     saved = buffers(model)
     masked_pred = model(masked)

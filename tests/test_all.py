@@ -2,7 +2,7 @@
 import importlib, json, subprocess, sys
 import qisal.all as A
 
-def python(code): return json.loads(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+def python(code): return json.loads(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, encoding='utf-8').stdout.splitlines()[-1])
 
 def test_every_public_name_is_there():
     for m in A.MODULES:

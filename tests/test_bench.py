@@ -148,3 +148,20 @@ def test_instruction_set(monkeypatch, text, want):
         return f'processor : 0\n{text}\nbugs :'
     monkeypatch.setattr(Path, 'read_text', read)
     assert instruction_set() == want
+
+
+def test_a_figure_that_fails_costs_no_numbers(tmp_path, monkeypatch):
+    import qisal.bench as module
+    cell = nbformat.v4.new_code_cell("rows = ''; batch = 1; repeats = 1; n_threads = 1; out = ''", metadata=dict(tags=['parameters']))
+    cells = [cell, nbformat.v4.new_code_cell("from pathlib import Path\nPath(out, 'bench.json').write_text('{\"für\": 1}', encoding='utf-8')"), nbformat.v4.new_code_cell("raise RuntimeError('no ink')")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/'broken.ipynb')
+    monkeypatch.setattr(module, 'asset', lambda *a: tmp_path/'broken.ipynb')
+    with pytest.raises(papermill.PapermillExecutionError, match='no ink'): run_benchmark(tmp_path/'out', rows='memory')
+    assert json.loads((tmp_path/'out'/'bench.json').read_text(encoding='utf-8')) == {'für': 1}
+
+
+def test_the_notebook_writes_its_numbers_before_it_draws_them():
+    "... and makes the folder."
+    nb = nbformat.read(Path(__file__).parents[1]/'nbs'/'80_benchmark.ipynb', 4)
+    at = lambda text: next(i for i, c in enumerate(nb.cells) if c.cell_type == 'code' and text in c.source and '#| export' not in c.source)
+    assert at("write_json(folder/'bench.json'") < at('bars = plot_rows') < at("('bench.png', bars)") and 'folder.mkdir(parents=True, exist_ok=True)' in nb.cells[at("write_json(folder/'bench.json'")].source

@@ -8,6 +8,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 import fastai.callback.progress
 from fastai.callback.progress import CSVLogger
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, BnFreeze
 import fastai.callback.schedule
 from fastai.data.core import DataLoaders
@@ -319,6 +320,34 @@ def test_bf16_autocast_covers_the_masked_pass(mode):
     assert all(p.dtype == torch.float32 for p in learn.model.parameters())
 
 
+def test_bf16_autocast_covers_the_evaluation_pass():
+    seen = []
+    class Typed(Net):
+        def forward(self, x):
+            out = super().forward(x)
+            seen.append((self.training, out.dtype))
+            return out
+    set_seed(0)
+    learn = quiet_learner(Typed(), [CPUAutocast(amp_mode='bf16'), SaliencyMaskingCallback(saliency_pass='eval')])
+    learn.fit(1)
+    assert seen[:12] == [(t, torch.bfloat16) for t in (False, True, True)]*4 and not torch.is_autocast_enabled('cpu')
+
+
+def test_evaluation_pass_sees_the_statistics_of_the_step_before():
+    "Read while it runs: at the first pass of a batch the running means are those after the last batch's clean pass."
+    seen = []
+    class Reading(Net):
+        def forward(self, x):
+            mean = self.body[1].running_mean  # None in the masked pass
+            if torch.is_grad_enabled() and mean is not None: seen.append((self.training, mean.clone()))
+            return super().forward(x)
+    learn = quiet_learner(Reading(), SaliencyMaskingCallback(saliency_pass='eval'))
+    learn.fit(1)
+    means = [m for _, m in seen]
+    assert [t for t, _ in seen] == [False, True]*4 and torch.equal(means[0], torch.zeros(6))
+    for i in range(0, 8, 2): assert torch.equal(means[i], means[i + 1]) and (i == 6 or not torch.equal(means[i], means[i + 2]))
+
+
 @pytest.mark.parametrize('mode', ['exact', 'fast'])
 def test_loss_scaling_scales_the_kl_term_too(mode):
     class Scale(Callback):
@@ -566,3 +595,43 @@ def test_training_learns_under_guidance():
     learn = quiet_learner(Net(p=.1), SaliencyMaskingCallback(fill='random'), loaders(*data(64), bs=8))
     learn.fit(12, lr=.1)
     assert learn.recorder.values[-1][2] > .9 and learn.recorder.values[-1][-1] < .5
+
+
+@pytest.mark.parametrize('monitor', ['kl', 'ce', 'valid_loss'])
+@pytest.mark.parametrize('tracker', [SaveModelCallback, EarlyStoppingCallback, ReduceLROnPlateau])
+def test_a_part_of_the_loss_can_be_monitored(monitor, tracker, tmp_path):
+    "In the fit it decides; validate, get_preds and lr_find come through, and the next fit monitors again."
+    watch = tracker(monitor=monitor, comp=np.less)
+    learn = quiet_learner(cbs=[SaliencyMaskingCallback(), watch], path=tmp_path)
+    for _ in range(2):
+        learn.fit(2)
+        best = watch.best
+        if monitor != 'valid_loss':  # fastai's own trackers act in validate, on a row without the training loss
+            assert best == min(row[['ce', 'kl'].index(monitor) - 2] for row in learn.recorder.values)
+            learn.validate()
+            learn.get_preds()
+            assert watch.best == best and watch.run
+    learn.lr_find(num_it=20, show_plot=False)
+
+
+def test_torchs_own_loaders(tmp_path):
+    "Plain torch loaders in fastai's `DataLoaders`, images that are not square: guidance equals that with fastai's loaders."
+    from torch.utils.data import DataLoader as TorchLoader, TensorDataset
+    x, y = data(32)
+    x, y = torch.cat([x, x.flip(3)], 3), y
+    class Wide(Net):
+        def forward(self, x): return super().forward(F.max_pool2d(x, (1, 2)))
+    def weights_after(dls, **kw):
+        set_seed(0)
+        model = Wide()
+        torch.manual_seed(3)
+        learn = quiet_learner(model, SaliencyMaskingCallback(fill='mean', **kw), dls)
+        for m in model.modules():
+            if isinstance(m, nn.Dropout): m.p = 0.
+        learn.fit(2)
+        return weights(learn)
+    plain = lambda: DataLoaders(TorchLoader(TensorDataset(x, y), batch_size=8), TorchLoader(TensorDataset(x, y), batch_size=16))
+    for kw in (dict(), dict(saliency_pass='eval'), dict(mode='fast')): close(weights_after(loaders(x, y), **kw), weights_after(plain(), **kw))
+    watch = SaliencyProgressCallback(n=3, path=tmp_path/'strip.png')
+    quiet_learner(Wide(), [SaliencyMaskingCallback(), watch], plain()).fit(2)
+    assert watch.maps.shape == (2, 3, 8, 16) and watch.labels == ['0', '1', '2'] and (tmp_path/'strip.png').exists()

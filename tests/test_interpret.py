@@ -12,8 +12,11 @@ from matplotlib.text import Text
 
 from qisal.core import BITS, BadInput
 from qisal.data import get_dls, sample_arrays
-from qisal.interpret import (BITS_FALLING, SaliencyInterpretation, accuracy_by_setting, history_table, overlay, plot_accuracy_vs_bits, plot_alphas,
-                             plot_history, plot_masking_curves, plot_saliency_grid, robust_scale, series_styles, to_picture)
+from qisal.callback import saliency as callback
+from qisal.callback.saliency import StudyFigure, film_strip, plain_text, study_style
+from qisal.interpret import (BITS_FALLING, SaliencyInterpretation, accuracy_by_setting, history_table, layer_labels, overlay, plot_accuracy_vs_bits, plot_alphas,
+                             plot_history, plot_masking_curves, plot_saliency_grid, readable, robust_scale, series_styles, to_picture)
+from qisal.interpret import _columns
 from qisal.metrics import masking_curve, mean_interval, wilson_interval
 
 RNG = np.random.default_rng(0)
@@ -237,3 +240,150 @@ def test_any_fastai_vision_learner(tmp_path):
     assert len(interp.masking_curve(fracs=(0, .5))) == 2
     with learn.no_bar(): assert interp.confusion_matrix().sum() == 12
     assert isinstance(interp.plot_confusion_matrix(), Figure)
+
+
+NAMES = ['$$', '$1 and $2', '$', r'\$', '_hidden', 'a & b_c^d', '100 %', '{x}', 'caf\xe9', 'no \udcff utf-8']
+TEX = {'text.usetex': True, 'text.parse_math': False}  # what a user's matplotlibrc may say
+
+
+def pixels(fig):
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba()).copy()
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_name_is_drawn_as_it_is(name):
+    "Pixel by pixel what matplotlib draws with formulas and LaTeX switched off."
+    with plt.rc_context(TEX):
+        ours = StudyFigure(figsize=(3, 1))
+        ours.text(.1, .4, plain_text(name))
+        got = pixels(ours)
+    theirs = Figure(figsize=(3, 1))
+    theirs.text(.1, .4, name.replace('\udcff', '?'), parse_math=False, usetex=False)
+    shown = pixels(theirs)
+    if name.startswith('_'): assert np.abs((got < 255).sum() - (shown < 255).sum()) < 40  # a space of no width may move it by part of a pixel
+    else: assert (got == shown).all()
+    assert (shown < 255).any()
+
+
+def test_every_figure_takes_every_name(tmp_path):
+    with plt.rc_context(TEX):
+        figs = dict(curves=plot_masking_curves({o: curve() for o in NAMES}, title='$$', images='$x images$'),
+                    grid=plot_saliency_grid(IMAGES, {o: MAPS['fp32\nplain'] for o in NAMES[:3]}, labels=NAMES[:4], captions={'$$': NAMES[:4]}, title='$'),
+                    alphas=plot_alphas(ALPHAS.assign(layer=NAMES[:3]), title='$$'), accuracy=plot_accuracy_vs_bits(runs(('$$', '$1')), title='$$'),
+                    history=plot_history(HISTORY.rename(columns=dict(kl='$$')), title='$$'), overlay=overlay(IMAGES[0], MAPS['fp32\nplain'][0], title='$$'),
+                    strip=film_strip(np.zeros((2, 8, 8, 1)), np.random.rand(3, 2, 8, 8), [1, 2, 3], ['$$', '$1'], '$$'))
+        for name, fig in figs.items():
+            fig.savefig(tmp_path/f'{name}.png', bbox_inches='tight')
+            assert isinstance(fig, StudyFigure), name
+    [legend] = figs['curves'].legends
+    assert len(legend.get_texts()) == len(NAMES)
+
+
+def test_missing_characters_are_told_once(monkeypatch, recwarn):
+    monkeypatch.setattr(callback, '_missing_told', False)
+    for _ in range(2):
+        fig = plot_saliency_grid(IMAGES[:2], {'a': MAPS['fp32\nplain'][:2]}, labels=['\u4e2d\u6587', '\u732b'])
+        pixels(fig)
+        pixels(fig)
+    told = [str(w.message) for w in recwarn.list if issubclass(w.category, UserWarning)]
+    assert len(told) == 1 and 'DejaVu Sans lacks characters' in told[0] and 'font.family' in told[0]
+
+
+def test_other_warnings_while_drawing_come_through():
+    class Loud(Text):
+        def draw(self, renderer):
+            import warnings
+            warnings.warn('mine')
+            super().draw(renderer)
+    fig = StudyFigure()
+    fig.add_artist(Loud(.5, .5, 'x'))
+    with pytest.warns(UserWarning, match='mine'): pixels(fig)
+
+
+def test_curves_say_what_was_measured():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    x, y = torch.randn(30, 1, 8, 8), torch.arange(30) % 4
+    a, b = masking_curve(net, (x, y)), masking_curve(net, (x[:20], y[:20]))
+    said = lambda curves, **kw: plot_masking_curves(curves, **kw).axes[0].get_ylabel()
+    assert said({'a': a}) == 'accuracy (% of 30 images)' and said({'a': a}, images='validation images') == 'accuracy (% of 30 validation images)'
+    assert said({'a': a, 'b': b}) == 'accuracy (% of the images)'  # not the same number
+    df = curve()
+    df.attrs.update(n=1000, blank=612)
+    labels = [t.get_text() for t in plot_masking_curves({'gradcam, road': df, 'random': curve('random'), 'my_own': curve()}).legends[0].get_texts()]
+    assert labels == ['Grad-CAM, ROAD fill (area 0.50, 612 of 1,000 maps blank)', 'random (area 0.50)', 'my_own (area 0.50)']
+
+
+def test_a_legend_names_only_what_is_drawn():
+    only = runs()[lambda d: ~d.guided]
+    assert not plot_accuracy_vs_bits(only).legends
+    names = lambda fig: [t.get_text() for t in fig.legends[0].get_texts()]
+    assert names(plot_accuracy_vs_bits(runs()[lambda d: d.guided])) == ['with saliency guidance']
+    mixed = pd.concat([runs(('a',)), only.assign(dataset='b')])  # the last panel has one series only
+    assert names(plot_accuracy_vs_bits(mixed)) == ['without guidance', 'with saliency guidance']
+
+
+def test_codes_become_words_and_layers_get_a_place():
+    assert readable('smoothgrad, road') == 'SmoothGrad, ROAD fill' and readable('ce') == 'cross-entropy' and readable('roadster') == 'roadster'
+    assert layer_labels(['1', '3', 'relu_0', 'layer1.0.conv1', 'body.2', 'act']) == ['1. activation (1)', '2. activation (3)', '3. activation (relu_0)', 'layer1.0.conv1', 'body.2', 'act']
+    lines = [o.get_label() for ax in plot_history(HISTORY).axes for o in ax.lines]
+    assert lines == ['train loss', 'valid loss', 'KL divergence', 'accuracy']
+
+
+def test_one_style():
+    colors = study_style()['axes.prop_cycle'].by_key()['color']
+    assert [s['color'] for s in series_styles(9)] == colors[:9] and len(set(colors)) == 9
+    with plt.rc_context({'axes.facecolor': 'black', 'font.size': 30}): assert plot_history(HISTORY).axes[0].get_facecolor() == (1, 1, 1, 1)
+
+
+def test_no_panel_is_left_alone():
+    assert [_columns(n) for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)] == [1, 2, 3, 2, 3, 3, 4, 4, 3, 4, 4, 4]
+    for n in (*range(2, 13), 14, 15, 16): assert n % _columns(n) != 1, n
+
+
+def test_blank_and_broken_maps_are_marked():
+    maps = np.stack([MAPS['fp32\nplain'][0], np.zeros((28, 28)), np.ones((28, 28)), MAPS['fp32\nplain'][1]])
+    fig = plot_saliency_grid(IMAGES, {'a': maps})
+    assert [[t.get_text() for t in ax.texts] for ax in fig.axes[1:8:2]] == [[], ['blank'], ['blank'], []]
+    strip = film_strip(np.zeros((1, 8, 8, 1)), np.stack([np.zeros((1, 8, 8)), np.full((1, 8, 8), np.nan), np.random.rand(1, 8, 8)]), [1, 2, 3], ['x'])
+    assert [[t.get_text() for t in ax.texts] for ax in strip.axes[1:]] == [['blank'], ['not finite'], []]
+
+
+def test_pictures_of_any_shape_and_dtype():
+    wide = torch.rand(3, 6, 11)
+    assert np.allclose(to_picture(wide.bfloat16()), to_picture(wide), atol=.01)
+    assert np.allclose(robust_scale(wide.bfloat16()), robust_scale(wide), atol=.02)
+    assert overlay(wide, wide[0].half(), 'wide').axes[1].images[0].get_array().shape == (6, 11, 3)
+
+
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(), None], ids=['torch', 'fastai'])
+def test_interpretation_of_torchs_own_loaders(loss):
+    "Shuffled, not square, without a vocabulary, and with a loss that knows no activation."
+    from torch.utils.data import DataLoader as TorchLoader, TensorDataset
+    from fastai.data.core import DataLoaders
+    from fastai.losses import CrossEntropyLossFlat
+    torch.manual_seed(0)
+    x, y = torch.randn(50, 1, 6, 9), torch.arange(50) % 5
+    dls = DataLoaders(TorchLoader(TensorDataset(x, y), batch_size=8, shuffle=True), TorchLoader(TensorDataset(x, y), batch_size=8, shuffle=True))
+    learn = Learner(dls, nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(112, 5)), loss_func=loss or CrossEntropyLossFlat())
+    with learn.no_bar(): interp = SaliencyInterpretation.from_learner(learn)
+    with torch.no_grad(): logits = learn.model(x)
+    assert torch.allclose(torch.as_tensor(interp.losses).float(), nn.functional.cross_entropy(logits, y, reduction='none'), atol=1e-5)
+    got, labels, probs = interp.take([7, 3])
+    assert torch.equal(got, x[[7, 3]]) and labels.tolist() == [2, 3] and torch.allclose(probs, logits[[7, 3]].softmax(1), atol=1e-5)
+    with learn.no_bar(): cm = interp.confusion_matrix()
+    want = np.zeros((5, 5), int)
+    for t, p in zip(y.tolist(), logits.argmax(1).tolist()): want[t, p] += 1
+    assert (cm == want).all() and list(interp.vocab) == list('01234')
+    assert len(interp.plot_top_losses(4).axes) == 5 and isinstance(interp.plot_confusion_matrix(), StudyFigure)
+    pd.testing.assert_frame_equal(interp.masking_curve('random', fracs=(0, .5)), masking_curve(learn.model, (x, y), 'random', fracs=(0, .5)))
+
+
+def test_class_names_in_an_interpretation(learn):
+    with learn.no_bar(): interp = SaliencyInterpretation.from_learner(learn, dl=learn.dls.test)
+    interp.vocab = ['$$', '$1', *'23456789']
+    pixels(interp.plot_top_losses(3))
+    fig = interp.plot_confusion_matrix()
+    pixels(fig)
+    assert [t.get_text() for t in fig.axes[0].get_xticklabels()][:3] == [r'\$\$', r'\$1', '2'] and list(interp.vocab)[0] == '$$'

@@ -54,7 +54,7 @@ def test_sound(path):
     for i, c in code_cells(nb):
         lines = [o for o in c.source.splitlines() if not re.match(r'^\s*[!%]', o)]
         if not c.source.startswith('%%'): ast.parse('\n'.join(lines) or 'pass', f'{path.name} cell {i}')
-    assert not re.search(r'^(<{7}|>{7}) ', path.read_text(), re.M)
+    assert not re.search(r'^(<{7}|>{7}) ', path.read_text(encoding='utf-8'), re.M)
 
 @each
 def test_begins_with_title_and_sentence(path):
@@ -101,7 +101,7 @@ def test_template_has_one_literal_parameters_cell():
 
 def test_every_module_comes_from_a_notebook():
     "No file of the library is written by hand."
-    made = {m[1].replace('.', '/') + '.py' for p in NBS for m in re.finditer(r'#\s*\|\s*default_exp\s+([\w.]+)', p.read_text())}
+    made = {m[1].replace('.', '/') + '.py' for p in NBS for m in re.finditer(r'#\s*\|\s*default_exp\s+([\w.]+)', p.read_text(encoding='utf-8'))}
     have = {o.relative_to(ROOT/'qisal').as_posix() for o in (ROOT/'qisal').rglob('*.py') if 'assets' not in o.parts}
     assert have - made <= {'__init__.py', 'callback/__init__.py', '_modidx.py'}
     assert made <= have
@@ -115,7 +115,7 @@ def contents(folder, *globs):
 def differing(before, after): return sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
 
 def nbdev(tool, cwd):
-    r = subprocess.run([str(Path(sys.executable).with_name(tool))], cwd=cwd, capture_output=True, text=True)
+    r = subprocess.run([str(Path(sys.executable).with_name(tool))], cwd=cwd, capture_output=True, text=True, encoding='utf-8')
     assert r.returncode == 0, r.stdout + r.stderr
 
 def test_export_changes_nothing(copy):
@@ -133,7 +133,7 @@ def test_clean_changes_nothing(copy):
 def test_import_is_light():
     "`import qisal` takes no heavy library with it."
     code = "import sys, qisal; print([o for o in ('torch', 'fastai', 'matplotlib', 'pandas', 'numpy', 'captum') if o in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True, encoding='utf-8').stdout.strip() == '[]'
 
 def imported(tree):
     "Modules of the library that a module imports at its top or anywhere in it."
@@ -145,11 +145,11 @@ def imported(tree):
 
 def test_modules_need_only_what_stands_above():
     "The numbers of the notebooks are the order: no module imports one further down. The command line, which starts all others, comes last."
-    order = [m[1] for p in NBS for m in re.finditer(r'#\s*\|\s*default_exp\s+([\w.]+)', p.read_text())]
+    order = [m[1] for p in NBS for m in re.finditer(r'#\s*\|\s*default_exp\s+([\w.]+)', p.read_text(encoding='utf-8'))]
     order.sort(key='cli'.__eq__)
     for i, name in enumerate(order):
         path = ROOT/'qisal'/(name.replace('.', '/') + '.py')
-        below = imported(ast.parse(path.read_text())) & set(order[i:])
+        below = imported(ast.parse(path.read_text(encoding='utf-8'))) & set(order[i:])
         assert not below, f'{name} imports {sorted(below)}'
 
 def text_files():

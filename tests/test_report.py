@@ -19,7 +19,7 @@ def metrics(spec, acc, left=.5, n=1000, touched=False, **kw):
     "Made-up metrics in the layout of a run."
     curve = lambda *a, **k: dict(frac=FRACS, accuracy=[acc, *a], auc=float(np.trapezoid([acc, *a], FRACS)/(acc*.3)), **k)
     masking = dict(gradient=curve(left, left/2, left/4, fill='corner', order='morf'), random=curve(.9*acc, .8*acc, .7*acc, fill='corner', order='morf'))
-    bits = 32 if spec.bits == '32' else int(spec.bits[0])
+    bits = 32 if spec.bits == '32' else int(re.search('[0-9]', spec.bits)[0])
     return dict(spec=spec.to_dict(), accuracy=acc, n_test=n, masking=masking, road=dict(morf={k: dict(v, fill='road') for k, v in masking.items()}, lerf={}),
         alphas=[] if bits == 32 else [dict(layer='1', bits=bits, alpha=5.5, clipped=.01, touched=touched)],
         cost=dict(weight_bits=1000*bits, weight_bytes=125*bits, bits_per_weight=float(bits), macs=10**6, bops=10**6*bits*bits, params=1000, layers=[]),
@@ -316,6 +316,25 @@ def test_one_seed_of_files_has_newcombes_interval(tmp_path):
     d, low, high = newcombe_interval(.88, .89, 1000)
     assert (a['mean'][False, '4'], a.low[False, '4'], a.high[False, '4']) == pytest.approx((d, low, high)) and a.basis[False, '4'] == 'images'
 
+def test_files_are_compared_image_by_image(tmp_path):
+    from qisal.worth import pack_answers, unpack_answers
+    g = np.random.default_rng(0)
+    hard = g.random(1000)
+    right = {k: hard + .02*g.normal(size=1000) < v for k, v in (('file', .88), ('4', .89), ('float', .9))}
+    runs = [(s, metrics(s, float(right['float' if s.bits == '32' else 'file'].mean()))) for s in (FLOAT, FOUR)]
+    out = study_of(tmp_path, *runs)
+    four = dict(answers=pack_answers(right['file']))
+    after = [dict(by='qisal', bits=b, accuracy=float(right['4'].mean()), answers=pack_answers(right['4'])) for b in ('8', '4', '2')] + [dict(by='onnxruntime', bits='8', accuracy=.9)]
+    ship(out, FLOAT, after_training=after, answers=pack_answers(right['float'])); ship(out, FOUR, **four)
+    a = after_table(read_study(out)).set_index('bits')
+    x, y = right['file'], right['4']
+    assert a.basis['4'] == 'paired' and (a.low['4'], a.high['4']) == pytest.approx(paired_newcombe_interval((x & y).sum(), (x & ~y).sum(), (~x & y).sum(), (~x & ~y).sum())[1:])
+    gain = training_gain(read_study(out))
+    assert 'They are paired by test image' in gain['caveat'] and len(pack_answers(np.ones(10000))) < 1700
+    ship(out, FOUR)  # measured by an earlier version: nothing to pair with
+    assert after_table(read_study(out)).set_index('bits').basis['4'] == 'images'
+    assert unpack_answers(dict(accuracy=.5, answers=pack_answers(right['4'])), 1000) is None and unpack_answers(dict(accuracy=.5, answers=pack_answers(right['4'])), 999999) is None
+
 def test_training_gain_follows_the_data(tmp_path):
     def gain(name, acc, after, bits=('32', '4')): return training_gain(read_study(shipped_study(tmp_path/name, grid(acc, n=10000, bits=bits), after=after)))
     keeps = lambda s: .95
@@ -478,6 +497,50 @@ def test_unmeasured_fill_is_bad_input(tmp_path):
     s = read_study(study_of(tmp_path, *[(s, m | dict(road=None)) for s, m in grid()]))
     with pytest.raises(BadInput, match='fill road'): plot_masking(s, 'road')
 
+def test_names_are_text_in_figures_and_tables(tmp_path):
+    "Dollars start no formula, and a name that looks like the page's own colours or ids is no colour and no id."
+    name = '$$ $1_2$ #0173b2 id="x" <b>'
+    specs = [RunSpec(dataset=f'folder:/data/{name}', guided=g) for g in (False, True)]
+    page = make_report(out := study_of(tmp_path, *[(s, metrics(s, .9)) for s in specs])).read_text(encoding='utf-8')
+    import html as h
+    assert h.unescape(page).count(name) > 8 and name not in page and 'ould not be drawn' not in page
+    assert (out/'figures'/'masking.png').stat().st_size > 5000
+    p = Outline(); p.feed(page)
+    assert not p.faults and not p.open and 'x' not in p.ids
+
+def test_chinese_names_are_no_page_of_warnings(tmp_path, recwarn):
+    s = RunSpec(dataset='folder:/data/数字 图片')
+    assert '数字 图片' in report_html(read_study(study_of(tmp_path, (s, metrics(s, .9)))))
+    assert not [w for w in recwarn if 'Glyph' in str(w.message)]
+
+def test_a_figure_that_cant_be_drawn_costs_nothing_else(tmp_path, monkeypatch):
+    import qisal.report as report
+    out = study_of(tmp_path, *grid())
+    make_report(out)
+    def no(*a, **k): raise RuntimeError('no ink <b>')
+    monkeypatch.setattr(report, '_masking_panel', no)
+    page = make_report(out).read_text(encoding='utf-8')
+    assert 'Could not be drawn (RuntimeError: no ink &lt;b&gt;): figures/masking.png' in page and 'Could not be drawn (RuntimeError: no ink &lt;b&gt;): Masking curves on MNIST' in page
+    assert (out/'figures'/'accuracy.png').exists() and not (out/'figures'/'masking.png').exists() and '>50.0<' in page
+
+def test_legends_name_what_is_plotted(tmp_path):
+    key = lambda page: [re.sub('<[^>]*>', '', o).strip() for o in re.findall(r'<li><svg viewBox="0 0 38 12".*?</svg>(.*?)</li>', page)]
+    plain = report_html(read_study(study_of(tmp_path/'a', *[o for o in grid() if not o[0].guided])))
+    assert set(key(plain)) == {'without guidance', 'gradient, without guidance', 'random order, without guidance'} and 'ROAD’s imputation' in plain and 'the image’s corner pixel' in plain
+    both = report_html(read_study(study_of(tmp_path/'b', *[(s, m | dict(road=None)) for s, m in grid()])))
+    assert {'with guidance', 'gradient, with guidance', 'random order, with guidance'} < set(key(both)) and 'Masked pixels get ROAD' not in both
+    labels = {t.get_text() for f in (plot_masking(read_study(tmp_path/'a'/'s')),) for t in f.legends[0].get_texts()}
+    assert labels == {'gradient, without guidance', 'random order, without guidance'}
+
+def test_words_instead_of_codes(tmp_path):
+    runs = grid(bits=('32', '4', 'w2a4')) + [(s, metrics(s, .9)) for s in (RunSpec(bits='4', arch='resnet20', mask_fill='mean', n_train=500),)]
+    for s, m in runs: m['alphas'] = [dict(layer=o, bits=4, alpha=1., clipped=.1, touched=False) for o in ('2', '3.relu1', '14.input_quant')] if s.bits != '32' else []
+    out = study_of(tmp_path, *runs)
+    put(out, RunSpec(bits='2'), error=dict(type='E', message='m', epoch=None, cell=None))
+    main = re.sub(r'<td class="code">.*?</td>|<svg class.*?</svg>|base64,[\w+/=]*|data:.*?"', '', report_html(read_study(out)), flags=re.S)
+    for word in ('fp32', 'small_cnn', 'resnet20', 'corner<', 'b4-plain', 'Fill: ', 'layer 1', 'relu_'): assert word not in main.split('<main>')[1].replace('3.relu1', ''), word
+    for word in ('small CNN', 'ResNet-20', '2-bit weights, 4-bit activations', 'training images 500', 'activation 2', 'input of 14', 'MNIST, small CNN, 2-bit, seed 0', 'test fills with the image’s mean'): assert word in main, word
+
 # --- the page ---
 
 @pytest.fixture(scope='module')
@@ -615,6 +678,15 @@ def test_wide_tables_scroll_in_their_own_box(browser, page):
     browser.open(page)
     wide = browser.js("return [...document.querySelectorAll('.box')].filter(b => b.scrollWidth > b.clientWidth + 1).map(b => [getComputedStyle(b).overflowX, b.tabIndex, b.getAttribute('aria-label')])")
     assert wide and all(o == 'auto' and t == 0 and label for o, t, label in wide)
+
+def test_rows_are_low_on_a_phone_and_wide_tables_show_that_they_scroll(browser, page):
+    browser.look(390, False)
+    browser.open(page)
+    browser.js("document.querySelectorAll('details').forEach(d => d.open = true)")
+    rows = browser.js("return [...document.querySelectorAll('table:not(.maps) tbody tr')].filter(r => !r.querySelector('.wrap')).map(r => r.getBoundingClientRect().height)")
+    assert len(rows) > 50 and max(rows) < 40
+    cues = browser.js("return [...document.querySelectorAll('.box')].map(b => [b.scrollWidth > b.clientWidth + 1, getComputedStyle(b).backgroundImage.split('gradient').length - 1, getComputedStyle(b).backgroundAttachment])")
+    assert any(wide for wide, _, _ in cues) and all((n, how) == (4, 'local, local, scroll, scroll') for _, n, how in cues)
 
 def test_a_page_about_failures_renders_too(browser, tmp_path):
     put(tmp_path/'s', RunSpec(), error=dict(type='E', message=NASTY, epoch=None, cell=None))

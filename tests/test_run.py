@@ -572,7 +572,7 @@ def test_a_notebook_that_is_filled_in_a_folder_with_braces(tmp_path):
 
 def test_names_that_are_no_utf8_are_refused_before_anything(tmp_path, template):
     odd = os.fsdecode(os.fsencode(tmp_path) + b'/Stra\xdfe')
-    with pytest.raises(BadInput, match=r'output folder .*Stra\\xdfe.* is not UTF-8; rename it'): R.run_one(SPEC, odd, template)
+    with pytest.raises(BadInput, match=r'output folder .*Stra\\udcdfe. is not UTF-8 text .*rename it'): R.run_one(SPEC, odd, template)
     assert not os.path.exists(odd)
     photos = tmp_path/'photos'
     from PIL import Image
@@ -580,8 +580,8 @@ def test_names_that_are_no_utf8_are_refused_before_anything(tmp_path, template):
         where = os.fsdecode(os.fsencode(photos) + b'/' + name)
         os.makedirs(where)
         for i in range(9): Image.new('L', (28, 28), 20*i).save(f'{where}/{i}.png')
-    with pytest.raises(BadInput, match=r'Stra\\xdfe'): R.run_study([RunSpec(dataset=f'folder:{photos}', epochs=1)], tmp_path/'o', 1, template=template)
-    with pytest.raises(BadInput, match=r'Stra\\xdfe'): R.run_study([RunSpec(dataset=f'folder:{os.fsdecode(os.fsencode(photos) + b"/Stra" + bytes([0xdf]) + b"e")}', epochs=1)], tmp_path/'o', 1, template=template)
+    with pytest.raises(BadInput, match=r'Stra\\udcdfe'): R.run_study([RunSpec(dataset=f'folder:{photos}', epochs=1)], tmp_path/'o', 1, template=template)
+    with pytest.raises(BadInput, match=r'Stra\\udcdfe'): R.run_study([RunSpec(dataset=f'folder:{os.fsdecode(os.fsencode(photos) + b"/Stra" + bytes([0xdf]) + b"e")}', epochs=1)], tmp_path/'o', 1, template=template)
     assert not list((tmp_path/'o').rglob('spec.json'))
     assert R.check_text('x', 'für 数字 $$ {seed}') == 'für 数字 $$ {seed}'
 
@@ -618,7 +618,16 @@ def test_a_name_that_the_locale_cant_read_is_told_from_one_that_is_no_text(tmp_p
 from qisal.core import check_text
 try: check_text('the output folder', os.fsdecode({os.fsencode("für")!r}))
 except Exception as e: print(type(e).__name__, ascii(str(e)))''')
-    assert r.stdout.startswith("BadInput ") and "can't be read under this locale; set PYTHONUTF8=1" in r.stdout, r.stderr[-800:]
+    assert r.stdout.startswith("BadInput ") and "set PYTHONUTF8=1" in r.stdout, r.stderr[-800:]
+
+
+def test_deeply_nested_files_are_damaged_files(tmp_path, out):
+    deep = '['*100_000 + ']'*100_000
+    folder(out).mkdir(parents=True)
+    (folder(out)/'metrics.json').write_text(deep)
+    assert R.read_metrics(folder(out)) is None
+    (tmp_path/'t.ipynb').write_text(deep)
+    with pytest.raises(BadInput, match='no notebook'): R.check_template(tmp_path/'t.ipynb')
 
 
 # ---------------------------------------------------------------- the real template

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['KL_TARGETS', 'SALIENCY_PASSES', 'masked_kl', 'no_running_stats', 'LossParts', 'guidable', 'SaliencyMaskingCallback',
-           'untouched_rng', 'fixed_images', 'film_strip', 'figure_png', 'SaliencyProgressCallback']
+           'untouched_rng', 'fixed_images', 'plain_text', 'study_style', 'told_once', 'StudyFigure', 'say_blank',
+           'film_strip', 'figure_png', 'SaliencyProgressCallback']
 
 # %% ../../nbs/06_callback.saliency.ipynb #6344a621
 from contextlib import contextmanager, nullcontext
-import io, random
+import io, random, re, warnings
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch import nn, Tensor
 from fastai.callback.core import Callback
 from fastcore.foundation import L, patch
 from fastcore.imports import in_notebook
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from ..core import ATTRIBUTIONS, MODES, BadInput, check_in, check_range, write_atomic
 from ..saliency import (SCORES, apply_mask, attribute, bottom_mask, check_classes, check_fill, check_images, eval_mode,
                             feature_saliency, n_masked, saliency_gradient)
@@ -62,7 +66,8 @@ class LossParts:
     def announce(self, cb):
         "Let the Recorder of `cb`'s learner add the names when it next prepares a fit, once, if `cb` is still there."
         rec = getattr(cb.learn, 'recorder', None)
-        if rec is None or cb.learn.lock.locked(): return  # the lock is held by validate and get_preds, which train nothing
+        if cb.learn.lock.locked(): return self._rest(cb.learn)
+        if rec is None: return
         def before_fit():
             del rec.before_fit
             rec.before_fit()
@@ -70,6 +75,11 @@ class LossParts:
             i = len(rec.metric_names) - bool(rec.add_time)
             rec.metric_names = L([*rec.metric_names[:i], *self.names, *rec.metric_names[i:]])
         rec.before_fit = before_fit
+
+    def _rest(self, learn):
+        "validate and get_preds hold the lock and train nothing: callbacks that monitor one of the names stand still until they are done."
+        for o in learn.cbs:
+            if getattr(o, 'monitor', None) in self.names: o.run = False  # fastai sets it back after the fit
 
     def write(self, learn):
         "Put the means at the end of the Recorder's row; an epoch without training batches adds nothing."
@@ -117,7 +127,7 @@ class SaliencyMaskingCallback(Callback):
         self._parts = LossParts('ce', 'kl')
         self._forget()
 
-    def _forget(self): self._user_xb = self._x = self._pred = self._kl = self._ce = self._scale = None
+    def _forget(self): self._user_xb = self._x = self._grad = self._pred = self._kl = self._ce = self._scale = None
 
     def before_fit(self):
         self._forget()
@@ -131,13 +141,14 @@ class SaliencyMaskingCallback(Callback):
         x = guidable(self.learn.xb, self.frac).detach()
         self._user_xb,self._x = self.learn.xb,x.requires_grad_()
         if self.saliency_pass == 'shared': self.learn.xb = (x,)
+        else: self._grad = self._eval_gradient()
 
     def after_pred(self):
         if self._x is None: return
         self.learn.xb = self._user_xb
-        pred, y = check_classes(self.learn.pred, self.learn.yb[0] if len(self.learn.yb) == 1 else self.learn.yb)
+        pred, y = check_classes(self.learn.pred, self._label())
         self._pred = pred
-        if self.mode == 'exact': self._kl = self._masked_kl(self._input_gradient(y))
+        if self.mode == 'exact': self._kl = self._masked_kl(self._grad if self._grad is not None else saliency_gradient(pred, self._x, y, self.score))
         else: self._autocast = torch.is_autocast_enabled(pred.device.type),torch.get_autocast_dtype(pred.device.type)
 
     def after_loss(self):
@@ -157,10 +168,14 @@ class SaliencyMaskingCallback(Callback):
 
 # %% ../../nbs/06_callback.saliency.ipynb #21e9ed8b
 @patch
-def _input_gradient(self:SaliencyMaskingCallback, y):
-    "Gradient of the true-class score, from the graph of this batch's forward pass or from a pass in evaluation mode."
-    if self.saliency_pass == 'shared': return saliency_gradient(self._pred, self._x, y, self.score)
-    with eval_mode(self.model): return saliency_gradient(self.model, self._x, y, self.score)
+def _label(self:SaliencyMaskingCallback): return self.learn.yb[0] if len(self.learn.yb) == 1 else self.learn.yb
+
+@patch
+def _eval_gradient(self:SaliencyMaskingCallback):
+    "Gradient of the true-class score from a pass in evaluation mode, before the clean pass moves batch norm's statistics."
+    autocast = getattr(getattr(self.learn, 'mixed_precision', None), 'autocast', None)  # its own before_batch comes after ours
+    with eval_mode(self.model), autocast or nullcontext():
+        return saliency_gradient(self.model, self._x, self._label(), self.score)
 
 @patch
 def _masked_kl(self:SaliencyMaskingCallback, grad):
@@ -209,7 +224,7 @@ def fixed_images(
 )->tuple: # Images n x C x H x W, classes n
     "The same `n` images every time: from the loader's first batch, one of each class before the second of any. No random state moves."
     rng, state = getattr(dl, 'rng', None), dl.rng.getstate() if getattr(dl, 'rng', None) is not None else None
-    with untouched_rng(): b = dl.one_batch()
+    with untouched_rng(): b = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))  # torch's own loaders have none
     if rng is not None:
         dl.rng = rng
         rng.setstate(state)
@@ -221,12 +236,71 @@ def fixed_images(
     keep = torch.argsort(nth, stable=True)[:n]
     return xb[keep], yb[keep]
 
+# %% ../../nbs/06_callback.saliency.ipynb #15227a7f
+def plain_text(
+    name, # Anything that a user may have named: a class, a folder, a title
+)->str: # What matplotlib draws as exactly this name
+    "Text that is neither a formula nor hidden from a legend; bytes that are no UTF-8 become question marks."
+    s = str(name).encode('utf-8', 'replace').decode().replace('$', r'\$')
+    return f'\u200b{s}' if s.startswith('_') else s
+
+def study_style()->dict:
+    "matplotlib's settings for all figures: `with plt.rc_context(study_style()): ...` or `plt.rcParams.update(study_style())`."
+    import seaborn as sns
+    from cycler import cycler
+    colors = [c for i, c in enumerate(sns.color_palette('colorblind')) if i != 7]  # without the grey, which belongs to the controls
+    return {'text.usetex': False, 'text.parse_math': True, 'axes.prop_cycle': cycler(color=colors), 'figure.dpi': 100, 'font.size': 10,
+            'figure.titlesize': 13, 'axes.titlesize': 12, 'axes.labelsize': 11, 'xtick.labelsize': 10, 'ytick.labelsize': 10, 'legend.fontsize': 10,
+            'axes.grid': False, 'grid.color': '.88', 'grid.linewidth': .8, 'axes.axisbelow': True, 'axes.facecolor': 'white', 'figure.facecolor': 'white',
+            'savefig.facecolor': 'white', 'image.interpolation': 'nearest', 'legend.frameon': False}
+
+_missing_told = False
+
+@contextmanager
+def told_once():
+    "One sentence in a process for all characters that the font lacks."
+    global _missing_told
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        yield
+    found = [re.match(r'Glyph (\d+) .*missing from font\(s\) (.*)\.', str(w.message), re.S) for w in said]
+    for w, m in zip(said, found):
+        if not m: warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    first = next((m for m in found if m), None)
+    if first and not _missing_told:
+        _missing_told = True
+        warnings.warn(f"The font {first[2]} lacks characters such as {chr(int(first[1]))!r}, which are drawn as boxes; install a font that has them and name it in matplotlib's font.family.", stacklevel=4)
+
+class StudyFigure(Figure):
+    "A matplotlib `Figure` that is never set by LaTeX, whatever a matplotlibrc says, and that speaks once of missing characters."
+    @contextmanager
+    def _as_text(self):
+        with rc_context({'text.usetex': False, 'text.parse_math': True}), told_once():
+            for t in self.findobj(Text):
+                if t.get_usetex(): t.set_usetex(False)
+                if not t.get_parse_math(): t.set_parse_math(True)  # else plain_text's backslashes would show
+            yield
+
+    def draw(self, renderer):
+        with self._as_text(): return super().draw(renderer)
+
+    def get_tightbbox(self, *args, **kwargs):
+        with self._as_text(): return super().get_tightbbox(*args, **kwargs)
+
 # %% ../../nbs/06_callback.saliency.ipynb #e3ef62b9
 def _view(xb):
     "Images for the eye: n x H x W x C (1 or 3), each stretched to its own [0, 1]."
     lo, hi = xb.amin((1, 2, 3), keepdim=True), xb.amax((1, 2, 3), keepdim=True)
     x = ((xb - lo)/(hi - lo).clamp_min(1e-12)).permute(0, 2, 3, 1).float().cpu().numpy()
     return x if x.shape[-1] in (1, 3) else x.mean(-1, keepdims=True)
+
+def say_blank(
+    ax, # The `Axes` that show the map
+    map, # H x W magnitudes
+):
+    "Write 'blank' over a map whose pixels are all alike, 'not finite' over one with NaN or infinity: neither explains anything."
+    word = 'not finite' if not np.isfinite(map).all() else 'blank' if np.ptp(map) <= 1e-6*np.max(map) else ''
+    if word: ax.text(.5, .5, word, transform=ax.transAxes, ha='center', va='center', fontsize=9, color='.6')
 
 def film_strip(
     images, # n x H x W x C, floats in [0, 1]
@@ -237,19 +311,20 @@ def film_strip(
     max_cols:int=10, # Most epochs to draw; the first and the last are always among them
 ): # A `matplotlib.figure.Figure`
     "Rows are images; the first column shows them, the others their saliency maps after each epoch."
-    from matplotlib.figure import Figure
     maps = np.abs(np.asarray(maps, dtype=np.float32))
     cols = np.unique(np.linspace(0, len(maps) - 1, min(max_cols, len(maps))).round().astype(int))
     n, width = len(images), max(4.2, .95*(len(cols) + 1) + .7)
-    fig = Figure(figsize=(width, .95*n + .95), layout='constrained')
+    fig = StudyFigure(figsize=(width, .95*n + .95), layout='constrained')
     axs = fig.subplots(n, len(cols) + 1, squeeze=False)
     for i, row in enumerate(axs):
         row[0].imshow(images[i].squeeze(), cmap='gray', vmin=0, vmax=1)
-        row[0].set_ylabel(str(labels[i]), fontsize=11, rotation=0, ha='right', va='center')
-        for ax, c in zip(row[1:], cols): ax.imshow(maps[c, i], cmap='magma', vmin=0, vmax=max(np.quantile(maps[c, i], .99), 1e-12))
+        row[0].set_ylabel(plain_text(labels[i]), fontsize=11, rotation=0, ha='right', va='center')
+        for ax, c in zip(row[1:], cols):
+            ax.imshow(maps[c, i], cmap='magma', vmin=0, vmax=max(np.quantile(maps[c, i], .99), 1e-12))
+            say_blank(ax, maps[c, i])
     for ax, name in zip(axs[0], ['image', *[f'epoch {epochs[c]}' for c in cols]]): ax.set_title(name, fontsize=11)
     for ax in axs.flat: ax.set(xticks=[], yticks=[])
-    fig.suptitle(f'{title}\n(bright: large magnitude)', fontsize=12)
+    fig.suptitle(f'{plain_text(title)}\n(bright: large magnitude)', fontsize=12)
     return fig
 
 def figure_png(
