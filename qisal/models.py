@@ -211,6 +211,10 @@ def _reread(node, new):
 # %% ../nbs/02_models.ipynb #83cbce9e
 def _is_torchs(m)->bool: return type(m).forward in (nn.Sequential.forward, nn.Module.forward) or type(m).__module__.startswith('torch.nn.')
 
+def _mentions_relu(m)->bool:
+    "Does a method of this module's class name a ReLU? One that can't be traced may call it on a way that no trial takes."
+    return any(n in ('relu', 'relu_') for c in type(m).__mro__ if c is not nn.Module for f in vars(c).values() if hasattr(f, '__code__') for n in f.__code__.co_names)
+
 def _own_relus(m, done, failed):
     """`m` with one ReLU a use. A module that is registered twice stays one, a ReLU doesn't; layers are shared with `m`.
     What can't be traced is left as it is and noted in `failed`. ReLUs keep their `inplace` until all is done: it says what was read changed."""
@@ -220,12 +224,12 @@ def _own_relus(m, done, failed):
     new = done[m] = _shell(m)
     for k, o in m._modules.items(): new._modules[k] = o and _own_relus(o, done, failed)
     graphs, mods = [] if _is_torchs(m) else _traces(new), dict(new.named_modules())
-    if isinstance(graphs, Exception): graphs = failed.append((type(m).__name__, graphs)) or []
+    if isinstance(graphs, Exception): graphs = failed.append((m, graphs)) or []
     if any(_needs_rewriting(g, mods) for g in graphs): _rewrite(new, _merge_modes(*graphs, m), mods)
     elif not m._modules: new = done[m] = m
     return new
 
-def _separated(model)->tuple: # (the new network, [(class, why it can't be traced)])
+def _separated(model)->tuple: # (the new network, [(module, why it can't be traced)])
     failed = []
     new = _own_relus(model, {}, failed)
     for m in new.modules():
@@ -286,10 +290,10 @@ def separate_relus(
     if any(p.is_meta for p in model.parameters()): return new
     xb = _some_images(model) if xb is None else xb.to(next(model.parameters(), xb).device)
     (before, _), (after, separate) = _answers(model, xb), _answers(new, xb)
-    yourself = 'write one nn.ReLU() module per use into the model yourself.'
-    if not separate:
-        name, why = failed[0] if failed else (type(model).__name__, 'a ReLU is called from where it does not look')
-        raise BadInput(f"{name} can't be traced by torch.fx ({' '.join(str(why).split())}); {yourself}") from (failed[0][1] if failed else None)
+    hidden, yourself = [o for o in failed if _mentions_relu(o[0])], 'write one nn.ReLU() module per use into the model yourself.'
+    if hidden or not separate:
+        m, why = (hidden or failed or [(model, 'a ReLU is called from where it does not look')])[0]
+        raise BadInput(f"{type(m).__name__} can't be traced by torch.fx ({' '.join(str(why).split())}); {yourself}")
     same = len(before) == len(after) and all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in zip(before, after))
     if not same: raise BadInput(f"{type(model).__name__} answers differently with a module for each ReLU, as where an in-place ReLU changes what is read elsewhere; {yourself}")
     return new
