@@ -10,8 +10,9 @@ __all__ = ['BACKGROUNDS', 'MODEL_FORMAT', 'MODEL_VERSION', 'TARGETS', 'find_arch
            'to_qonnx', 'export_model']
 
 # %% ../nbs/10_deploy.ipynb #9f23ff4a
-import hashlib, itertools, json, numbers, os, re, shutil, tempfile, zipfile
+import errno, hashlib, itertools, json, numbers, os, re, shutil, tempfile, zipfile
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -151,15 +152,21 @@ def _check_place(folder):
     if names and not {'config.json', 'model.safetensors'} & names: raise BadInput(f"The folder '{folder}' holds other files ({', '.join(sorted(names)[:3])}); choose a new name for the model folder.")
 
 def _swap(new, folder):
-    "Rename `new` to `folder`; an old folder there is moved aside first, and back if that fails."
-    if not folder.exists(): return os.replace(new, folder)
-    aside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', suffix='.old', dir=folder.parent))
-    os.replace(folder, aside)
-    try: os.replace(new, folder)
-    except BaseException:
-        os.replace(aside, folder)
-        raise
-    shutil.rmtree(aside)
+    "Rename `new` to `folder`; an old folder there is moved aside first, and back if that fails. Of several at once the last one stays."
+    while True:
+        try: return os.replace(new, folder)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise
+        aside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', suffix='.old', dir=folder.parent))
+        try:
+            with suppress(FileNotFoundError): os.replace(folder, aside)  # gone: another one is at it
+            return os.replace(new, folder)
+        except OSError as e:
+            if e.errno in (errno.ENOTEMPTY, errno.EEXIST): continue  # another one was quicker, and is replaced in turn
+            if any(aside.iterdir()): os.replace(aside, folder)
+            raise
+        finally: shutil.rmtree(aside, ignore_errors=True)
+
 
 # %% ../nbs/10_deploy.ipynb #d3f1a004
 def _check_numbers(model, where=''):
@@ -263,13 +270,32 @@ def read_config(
     path = folder/'config.json'
     if not path.is_file(): raise BadInput(f"The model folder '{folder}' has no config.json; {_AGAIN}.")
     try: c = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e: raise BadInput(f"config.json in '{folder}' is cut off or no JSON ({e}); {_AGAIN}.") from e
+    except (ValueError, RecursionError) as e: raise BadInput(f"config.json in '{folder}' is cut off or no JSON ({_short(e)}); {_AGAIN}.") from e
     if not isinstance(c, dict) or c.get('format') != MODEL_FORMAT: raise BadInput(f"config.json in '{folder}' is not that of a qisal model; give the folder that save_model wrote.")
     if c.get('version') not in range(1, MODEL_VERSION + 1): raise BadInput(f"config.json in '{folder}' has format version {str(c.get('version'))[:40]}, this qisal reads 1 to {MODEL_VERSION}; update qisal (pip install -U qisal).")
-    if _sealed(c) != c: raise BadInput(f"config.json in '{folder}' was altered (its SHA-256 differs); {_AGAIN}.")
+    try: sealed = _sealed(c)
+    except RecursionError: sealed = None
+    if sealed != c: raise BadInput(f"config.json in '{folder}' was altered (its SHA-256 differs); {_AGAIN}.")
     missing = [k for k in _NEEDED if k not in c]
     if missing: raise BadInput(f"config.json in '{folder}' lacks {', '.join(missing)}; {_AGAIN}.")
+    _check_config(c, folder)
     return c
+
+def _short(e)->str:
+    "What an exception says, on one line of ordinary length."
+    return ' '.join(str(e).split())[:200]
+
+_IS = dict(classes=list, stats=list, weights=dict, files=dict, extra=dict, baked=bool, network=str, arch=(str, type(None)), arch_args=(dict, type(None)), quant=(dict, type(None)))
+
+def _check_config(c, folder):
+    "Refuse a configuration whose entries are of another kind than they are written."
+    new = sorted(set(c) - {'format', 'version', 'sha256', 'background', *_NEEDED})
+    if new: raise BadInput(f"config.json in '{folder}' has fields that this qisal doesn't know ({', '.join(new)[:200]}), so it could be read wrongly; update qisal (pip install -U qisal).")
+    wrong = [k for k, kind in _IS.items() if not isinstance(c[k], kind)]
+    wrong += [f"files['{k}']" for k, v in c['files'].items() if not isinstance(v, dict) or not isinstance(v.get('sha256'), str) or type(v.get('bytes')) is not int] if 'files' not in wrong else []
+    try: _check_facts({k: c.get(k) for k in ('classes', 'n_in', 'size', 'stats', 'background')})
+    except (TypeError, ValueError) as e: wrong.append(_short(e).rstrip('.'))  # `BadInput` is a `ValueError`
+    if wrong: raise BadInput(f"config.json in '{folder}' holds something else than save_model writes ({'; '.join(wrong)}); {_AGAIN}.")
 
 # %% ../nbs/10_deploy.ipynb #03fc8613
 _PICKLES = {'.pkl', '.pickle', '.pth', '.pt', '.joblib', '.dill', '.ckpt'}
@@ -325,14 +351,15 @@ def _rebuild(config, raw, model=None):
     from safetensors.torch import load
     from qisal.models import get_model
     from qisal.quant import apply_quant_config
-    kind = check_in('kind of weights', config['weights'].get('kind'), ('tensors', 'packed'))
+    kind = check_in('kind of weights', str(config['weights'].get('kind')), ('tensors', 'packed'))
     try:
         if model is None:
             with torch.random.fork_rng(devices=[]): model = get_model(config['arch'], **config['arch_args'])
         if config['quant']: model = apply_quant_config(model, config['quant'])
-    except (KeyError, TypeError) as e: raise BadInput(f"config.json doesn't describe the network fully ({type(e).__name__}: {e}); {_AGAIN}.") from e
+    except BadInput: raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e: raise BadInput(f"config.json doesn't describe the network fully ({type(e).__name__}: {_short(e)}); {_AGAIN}.") from e
     try: tensors = load(raw)
-    except SafetensorError as e: raise BadInput(f"{config['weights']['file']} is no safetensors file ({e}); {_AGAIN}.") from e
+    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as e: raise BadInput(f"{config['weights']['file']} is no safetensors file ({_short(e)}); {_AGAIN}.") from e
     if kind == 'packed': tensors = _unpacked_state(model, tensors)
     try: model.load_state_dict(tensors, strict=True)
     except RuntimeError as e: raise BadInput(f"{config['weights']['file']} doesn't fit the network: {' '.join(str(e).split())}. Load it into the architecture it was saved from.") from e
@@ -729,9 +756,10 @@ class _Builder:
         return self.add(step, v.grid)
 
     def image_codes(self, name, iq, v):
-        "The image on the grid of a layer, then moved as the network moved it."
-        v, moves = self.add(IntQuantize(name, ('image',), g := IntGrid(iq.scale, iq.zero_point, iq.n)), g), v.moves
-        for step in moves: v = self.add(replace(step, src=(v.name,)), v.grid)
+        "The image on the grid of a layer, then moved as the network moved it; the result is called `name`."
+        names, moves = [f'{name}.image', *(o.name for o in v.moves)][:len(v.moves)] + [name], v.moves
+        v = self.add(IntQuantize(names[0], ('image',), g := IntGrid(iq.scale, iq.zero_point, iq.n)), g)
+        for step, called in zip(moves, names[1:]): v = self.add(replace(step, name=called, src=(v.name,)), g)
         return v
 
     def codes(self, node, v):
@@ -894,6 +922,15 @@ def first_difference(
         if bad.any(): return dict(layer=name, differ=int(bad.sum()), of=bad.size, tie=float(np.abs(before - np.floor(before) - .5)[bad].max()))
 
 # %% ../nbs/10_deploy.ipynb #d453f6f2
+def _state_shapes(m):
+    "Put the shape of every result into an ONNX model. `Quant` nodes, which shape inference doesn't know, keep shapes."
+    from onnx import ModelProto, shape_inference
+    plain = ModelProto()
+    plain.CopyFrom(m)
+    for o in plain.graph.node:
+        if o.op_type == 'Quant': o.CopyFrom(type(o)(op_type='Identity', input=o.input[:1], output=o.output))
+    m.graph.value_info.extend(shape_inference.infer_shapes(plain, strict_mode=True).graph.value_info)
+
 class _Graph:
     "Collects the nodes and constants of an ONNX graph; equal constants are stored once."
     def __init__(self): self.nodes, self.consts, self.seen, self.count = [], [], {}, 0
@@ -926,7 +963,8 @@ class _Graph:
         graph.quantization_annotation.extend(annotations)
         domains = sorted({'', *(o.domain for o in self.nodes)})
         m = helper.make_model(graph, opset_imports=[helper.make_opsetid(o, 1 if o else opset) for o in domains], producer_name='qisal',
-            ir_version=max(10, helper.find_min_ir_version_for([helper.make_opsetid('', opset)])))
+            ir_version=helper.find_min_ir_version_for([helper.make_opsetid('', opset)]))  # the oldest that has these operators: older readers take it
+        if annotations: _state_shapes(m)
         helper.set_model_props(m, meta)
         checker.check_model(m)
         return write_atomic(path, m.SerializeToString(deterministic=True))
@@ -1141,11 +1179,10 @@ def onnx_session(
     name = name or ('the ONNX file' if isinstance(file, bytes) else str(file))
     if not isinstance(file, bytes) and not Path(file).is_file(): raise BadInput(f"{name} is not a file; give an ONNX file.")
     o = onnxruntime.SessionOptions()
-    o.intra_op_num_threads, o.log_severity_level = threads, 3
+    o.intra_op_num_threads, o.log_severity_level = threads, 4  # what it would print it also raises
     if optimized is not None: o.optimized_model_filepath = str(optimized)
-    try: return onnxruntime.InferenceSession(file if isinstance(file, bytes) else str(file), o, providers=['CPUExecutionProvider'])
-    except Exception as e:  # its errors share no class of their own
-        if 'onnxruntime' not in type(e).__module__: raise
+    try: return onnxruntime.InferenceSession(file if isinstance(file, bytes) else str(file), o, providers=['CPUExecutionProvider'], enable_fallback=0)  # which would print, and try the same again
+    except Exception as e:  # its errors share no class of their own, and text that isn't UTF-8 ends in one of Python's
         if 'qonnx.custom_op' in str(e): raise BadInput(f"{name} is a QONNX file, which stock onnxruntime doesn't run; open model.onnx of the same folder, or execute this file with the qonnx package.") from e
         if any(s in str(e) for s in _TOO_OLD): raise BadInput(f"onnxruntime {onnxruntime.__version__} is too old for {name} ({_reason(e)}); update it (pip install -U onnxruntime), or export the model again with a lower opset (qisal export --opset 21).") from e
         raise BadInput(f"onnxruntime can't open {name} ({_reason(e)}); {_AGAIN}.") from e
@@ -1186,11 +1223,11 @@ class _FloatWriter:
         if isinstance(m, _Shortcut): return self.shortcut(x)
         raise BadInput(f"{node.target} ({type(m).__name__}) is no layer that {self.who} has a rule for; it knows Conv2d, Linear, ReLU, BatchNorm2d, MaxPool2d, AdaptiveAvgPool2d(1), Flatten, Dropout and +. {self.more}")
 
-    def weighted(self, m, x, weight):
+    def weighted(self, m, x, weight, padding=None):
         "A convolution or linear layer with these weights, an array or a name."
         inputs = [x, weight] if m.bias is None else [x, weight, self.value(m.bias)]
         if m.weight.ndim == 2: return self.g.op('Gemm', *inputs, transB=1)
-        return self.g.op('Conv', *inputs, kernel_shape=m.kernel_size, strides=m.stride, pads=m.padding*2, dilations=m.dilation, group=m.groups)
+        return self.g.op('Conv', *inputs, kernel_shape=m.kernel_size, strides=m.stride, pads=(padding or m.padding)*2, dilations=m.dilation, group=m.groups)
 
     def shortcut(self, x):
         g = self.g
@@ -1283,7 +1320,13 @@ def layer(self:_QonnxWriter, node, m, x):
     if isinstance(iq, InputQuant): x = self.quant(x, iq.scale, iq.bits, f'{name}.input_quant', iq.zero_point)
     elif isinstance(iq, PACT): x = self.pact(x, iq, f'{name}.input_quant')
     if x not in self.on_grid: raise BadInput(f"{_plain_name(node, m)} reads values that no quantizer has put on a grid; put a PACT (an nn.ReLU before conversion) before it.")
+    if isinstance(iq, InputQuant) and any(getattr(m, 'padding', ())): return self.weighted(m, self.padded(x, *m.padding), self.weights(m, name), (0, 0))
     return self.weighted(m, x, self.weights(m, name))
+
+@patch
+def padded(self:_QonnxWriter, x, h, w):
+    "Zeros around the image, by a node of their own: `qonnx` can't lower a convolution that pads what it knows as scaled integers, since it can't tell whether zero is among them."
+    return self.g.op('Pad', x, np.array([0, 0, h, w, 0, 0, h, w]), np.float32(0))
 
 @patch
 def module(self:_QonnxWriter, node, m, x):
@@ -1533,10 +1576,12 @@ def _check_targets(to)->tuple:
     return to
 
 def _baked(model):
-    "The network to export: baked as it is, else a baked copy of what it holds now."
+    "The network to export: baked as it is, else a baked copy of what it holds now; in float32."
+    import copy, torch
     from qisal.quant import bake
     layers = _layers(model)
     if not layers: raise BadInput(f"The {type(model).__name__} is a float network, it has no low-bit weights to pack; train it with PACTCallback first (save_model saves it as it is).")
+    if any(p.dtype != torch.float32 for p in model.parameters()): model = copy.deepcopy(model).float()
     return model if all(m.baked or m.w_bits == 32 for m in layers.values()) else bake(model)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from .core import ATTRIBUTIONS, BadInput, check_in, check_range
-from .deploy import BACKGROUNDS, _side, load_model, onnx_session, read_config, read_files
+from .deploy import BACKGROUNDS, _reason, _side, load_model, onnx_session, read_config, read_files
 
 # %% ../nbs/10_serve.ipynb #e81b6af7
 _MODES = {1: 'L', 3: 'RGB'}  # of PIL, by number of channels
@@ -221,7 +221,17 @@ def _open_onnx(folder, threads):
     (i,), (o,) = session.get_inputs(), session.get_outputs()
     have, want = (i.shape[1:], o.shape[1:]), ([config['n_in'], *_side(config['size'])], [len(config['classes'])])
     if have != want: raise BadInput(f"model.onnx in '{folder}' takes images {have[0]} and gives {have[1]} logits, config.json says {want[0]} and {want[1]}; export the model again.")
-    return config, lambda x: session.run(None, {i.name: x})[0], None
+    def forward(x):
+        try: out = session.run(None, {i.name: x})[0]
+        except Exception as e: raise BadInput(f"onnxruntime can't run model.onnx in '{folder}' ({_reason(e)}); export the model again.") from e  # its errors share no class
+        return _check_logits(out, (len(x), len(config['classes'])), f"model.onnx in '{folder}'")
+    return config, forward, None
+
+def _check_logits(out, shape, name)->np.ndarray:
+    "Refuse answers that are none."
+    if not isinstance(out, np.ndarray) or out.shape != shape: raise BadInput(f"{name} gives something else than {shape[1]} logits for each of {shape[0]} images; export the model again.")
+    if not np.isfinite(out).all(): raise BadInput(f"{name} answers with NaN or infinity; export the model again.")
+    return out
 
 @contextmanager
 def _torch_threads(n):
@@ -239,7 +249,8 @@ def _open_torch(folder, threads):
         raise BadInput(f"'{folder}' holds a {config['network']}, whose code only you have; choose the runtime onnxruntime (after export_model), or open it with load_model(folder, model={config['network']}(...)).")
     with torch.random.fork_rng(devices=[]): model, config = load_model(folder)  # a network is born with random weights
     def forward(x):
-        with _torch_threads(threads), torch.no_grad(): return model(torch.from_numpy(x)).float().numpy()
+        with _torch_threads(threads), torch.no_grad(): out = model(torch.from_numpy(x)).float().numpy()
+        return _check_logits(out, (len(x), len(config['classes'])), f"{config['weights']['file']} in '{folder}'")
     return config, forward, model
 
 # %% ../nbs/10_serve.ipynb #ebaa9c94
