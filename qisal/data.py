@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'INFO', 'CIFAR_BINARY', 'REGISTRY', 'SOURCES', 'SAMPLE_TRAIN', 'SAMPLE_TEST', 'SHEET_COLUMNS', 'SAMPLE_RULE',
-           'SAMPLE_SHA256', 'SPLIT_SEED', 'DataError', 'Arrays', 'DatasetInfo', 'read_idx', 'read_cifar_bin',
+           'SAMPLE_SHA256', 'SIZES', 'SPLIT_SEED', 'DataError', 'Arrays', 'DatasetInfo', 'read_idx', 'read_cifar_bin',
            'read_cifar_png', 'data_root', 'get_arrays', 'rank_in_class', 'first_of_each', 'to_sheet', 'from_sheet',
-           'make_sample', 'write_sample', 'sample_arrays', 'plot_images', 'folder_arrays', 'stratified_split',
-           'balanced_subset', 'ResidentDataset', 'to_dataset', 'pixel_stats', 'ResidentDL', 'ResidentDLs', 'get_dls']
+           'make_sample', 'write_sample', 'sample_arrays', 'plot_images', 'fitting_size', 'folder_arrays',
+           'stratified_split', 'balanced_subset', 'ResidentDataset', 'to_dataset', 'pixel_stats', 'ResidentDL',
+           'ResidentDLs', 'get_dls']
 
 # %% ../nbs/01_data.ipynb #2b7c431d
 import gzip, http.client, io, json, os, random, socket, subprocess, sys, tarfile, tempfile, zlib
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np, torch
 from PIL import Image, ImageOps
+from fastcore.basics import patch
 
-from .core import DATASETS, BadInput, RunSpec, asset, check_in, check_range, read_json, sha256_array, write_atomic
+from .core import BACKGROUNDS, DATASETS, BadInput, RunSpec, asset, check_in, check_range, check_text, fitting_batch, lay_over, read_json, sha256_array, write_atomic
 
 # %% ../nbs/01_data.ipynb #09ae560b
 import warnings
@@ -389,46 +393,120 @@ def _draw(axs, x, titles=None):
 
 # %% ../nbs/01_data.ipynb #9de15e57
 _SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.pgm', '.ppm')
+_SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'test', 'testing'}
 
-def _list_folder(path)->dict:
-    "Class name -> sorted image files; `BadInput` if that makes no dataset."
+def _check_dirs(path)->list:
+    "The class folders below `path`, sorted by name; `BadInput` if they make no dataset."
     if not str(path).strip(): raise BadInput('folder: lacks its path; write folder:PATH, PATH being the folder that holds one subfolder a class.')
     path = Path(path).expanduser()
-    if not path.exists(): raise BadInput(f"The image folder '{path}' does not exist; give the folder that holds one subfolder a class.")
-    if not path.is_dir(): raise BadInput(f"'{path}' is a file; give the folder that holds one subfolder a class.")
-    dirs = sorted(o for o in path.iterdir() if o.is_dir() and not o.name.startswith('.'))
-    files = {d.name: sorted(o for o in d.iterdir() if o.suffix.lower() in _SUFFIXES and not o.name.startswith('.')) for d in dirs}
-    if not files: raise BadInput(f"The image folder '{path}' has no class in it; put the images of each class into a subfolder of its own.")
-    if len(files) == 1: raise BadInput(f"The image folder '{path}' has one class only ('{dirs[0].name}'); a classifier needs two or more subfolders with images.")
-    others = sum(o.is_file() and not o.name.startswith('.') for d in dirs for o in d.iterdir()) - sum(map(len, files.values()))
-    if others: _say(f"{others} file{'s'*(others != 1)} below '{path}' left out: the name does not end in {' '.join(_SUFFIXES)}.")
+    check_text('The image folder', str(path))
+    give = 'give the folder that holds one subfolder a class'
+    if not path.exists(): raise BadInput(f"The image folder '{path}' does not exist; {give}.")
+    if not path.is_dir(): raise BadInput(f"'{path}' is a file; {give}.")
+    dirs = sorted(o for o in _entries(path) if o.is_dir() and not o.name.startswith('.'))
+    if not dirs: raise BadInput(f"The image folder '{path}' has no class in it; put the images of each class into a subfolder of its own.")
+    if len(dirs) == 1: raise BadInput(f"The image folder '{path}' has one class only ('{dirs[0].name}'); a classifier needs two or more subfolders with images.")
+    for d in dirs: check_text('The class folder', str(d))
+    if {o.name.lower() for o in dirs} <= _SPLITS and all(any(o.is_dir() for o in _entries(d)) for d in dirs):
+        raise BadInput(f"The image folder '{path}' holds {', '.join(o.name for o in dirs)}, which are parts of a dataset and no classes; give one of them: '{dirs[0]}'.")
+    return dirs
+
+def _entries(folder)->list:
+    "What a folder holds; `BadInput` if it can't be read."
+    try: return list(Path(folder).iterdir())
+    except OSError as e: raise BadInput(f"The folder '{folder}' can't be read ({e.strerror}); make it readable or move it away.") from e
+
+def _below(folder, above=())->list:
+    "All files in a folder and its subfolders, sorted, links followed; hidden ones and links back to a folder `above` left out."
+    here, out = (*above, os.path.realpath(folder)), []
+    for o in sorted(_entries(folder)):
+        if o.name.startswith('.'): continue
+        if not o.is_dir(): out.append(o)
+        elif os.path.realpath(o) not in here: out += _below(o, here)
+    return out
+
+
+# %% ../nbs/01_data.ipynb #a6d0e3b5
+def _is_image(path): return path.suffix.lower() in _SUFFIXES
+
+def _list_folder(path)->dict:
+    "Class name -> sorted image files; says what is left out; `BadInput` if that makes no dataset."
+    dirs = _check_dirs(path)
+    path, found = dirs[0].parent, {d.name: _below(d) for d in dirs}
+    files = {k: [o for o in v if _is_image(o)] for k, v in found.items()}
+    others = Counter(o.suffix.lower() or 'without an ending' for v in found.values() for o in v if not _is_image(o))
+    if others:
+        kinds = ', '.join(f'{n} {k}' for k, n in others.most_common(5))
+        _say(f"{_count(sum(others.values()), 'file')} below '{path}' left out ({kinds}): images end in {' '.join(_SUFFIXES)}.")
+    outside = sum(_is_image(o) and not o.is_dir() and not o.name.startswith('.') for o in _entries(path))
+    if outside: _say(f"{_count(outside, 'image')} in '{path}' left out: in no class folder.")
     for k, v in files.items():
-        if len(v) < 3: raise BadInput(f"Class '{k}' in the image folder '{path}' has {len(v) or 'no'} image{'s'*(len(v) != 1)}; each class needs three or more (training, validation, test; {' '.join(_SUFFIXES)}).")
+        if len(v) < 3: raise BadInput(f"Class '{k}' in the image folder '{path}' has {_count(len(v), 'image') if v else 'no images'}; "
+                                      f"each class needs three or more (training, validation, test; {' '.join(_SUFFIXES)}).")
     return files
 
-def _open_image(path, size):
-    "A PIL image in mode L or RGB of `size` x `size`; `BadInput` naming the file if it can't be decoded."
+def _count(n, what): return f"{n:,} {what}{'s'*(n != 1)}"
+
+
+# %% ../nbs/01_data.ipynb #0f5c9b72
+def _open(path, read):
+    "What `read` makes of an opened image; `BadInput` naming the file if it can't be decoded, or `read` says no."
     try:
-        with Image.open(path) as img:
-            if img.mode.startswith(('I', 'F')): raise BadInput(f"The image '{path}' has more than 8 bits a channel ({img.mode}); save it as an 8-bit PNG or JPEG.")
-            grey = img.mode in ('1', 'L', 'LA')
-            return ImageOps.fit(ImageOps.exif_transpose(img).convert('L' if grey else 'RGB'), (size, size), Image.Resampling.BILINEAR)
-    except BadInput: raise
+        with Image.open(path) as img: return read(img)
+    except BadInput as e: raise BadInput(f"The image '{path}' {e}") from e
     except Exception as e: raise BadInput(f"The image '{path}' can't be read ({e}); repair or remove it.") from e
 
+def _shorter_side(path)->int:
+    "Of an image, in pixels; its file is opened, but not decoded."
+    return _open(path, lambda img: min(img.size))
+
+def _upright(img, background):
+    "(The image as a viewer shows it, in mode L or RGB; was any pixel transparent?)"
+    if img.mode.startswith(('I', 'F')): raise BadInput(f"has more than 8 bits a channel ({img.mode}); save it as an 8-bit PNG or JPEG.")
+    img, transparent = lay_over(ImageOps.exif_transpose(img), background)
+    return img.convert('L' if img.mode in ('1', 'L') else 'RGB'), transparent
+
+def _open_image(path, size, background='white'):
+    "(A PIL image in mode L or RGB of `size` x `size`, was it transparent?, does its file hold more pictures?)"
+    def read(img):
+        more = getattr(img, 'is_animated', False) and img.format != 'MPO'  # the other picture of an MPO is a camera's preview
+        img, transparent = _upright(img, background)
+        return ImageOps.fit(img, (size, size), Image.Resampling.BILINEAR), transparent, more
+    return _open(path, read)
+
+
 # %% ../nbs/01_data.ipynb #85133cfb
+SIZES = (28, 64)  # the smallest and the largest size that is chosen for a folder of images
+
+def fitting_size(
+    sides, # The shorter side of each image in pixels
+)->int: # Height and width in pixels: their median, rounded down to a multiple of 4, from 28 to 64
+    "The size to which a folder's images are brought, unless one is given."
+    return int(np.clip(np.median(sides)//4*4, *SIZES))
+
+def _open_all(files, size, background)->list:
+    "All images as PIL images; says how many were transparent, and how many files hold more than one."
+    imgs, transparent, more = zip(*[_open_image(o, size, background) for o in files])
+    other = next(o for o in BACKGROUNDS if o != background)
+    if n := sum(transparent): _say(f"{_count(n, 'transparent image')} laid over {background}; background='{other}' (--background {other}) lays them over {other}.")
+    if n := sum(more): _say(f"{_count(n, 'file')} with several pictures: the first of each is taken.")
+    return list(imgs)
+
 def folder_arrays(
     path, # Folder with one subfolder a class, three images or more in each
-    size:int=32, # Height and width in pixels after scaling and centre-cropping; 32 suits all networks of the study
+    size:int=None, # Height and width in pixels after scaling and centre-cropping, 8 to 1024; None: `fitting_size` of the images
     test_pct:float=.2, # Share of each class that becomes the test set, between 0 and 1
     seed:int=0, # Chooses the test images
+    background:str='white', # What transparent images are laid over: 'white' or 'black'
 )->Arrays: # All images; grey if every image is, else RGB
     "Read a folder of images. Raises `BadInput`, naming the folder, class or file, for anything that can't be trained on."
-    check_range('size', size, 8, 1024, kind=int)
+    if size is not None: check_range('size', size, 8, 1024, kind=int)
     check_range('test_pct', test_pct, 0, 1, lo_open=True, hi_open=True)
     check_range('seed', seed, 0, 2**32 - 1, kind=int)
+    check_in('background', background, tuple(BACKGROUNDS))
     files = _list_folder(path)
-    imgs = [_open_image(o, size) for v in files.values() for o in v]
+    if size is None: size = fitting_size([_shorter_side(o) for v in files.values() for o in v])
+    imgs = _open_all([o for v in files.values() for o in v], size, background)
     y = np.repeat(np.arange(len(files)), [len(v) for v in files.values()])
     y = y.astype(np.uint8 if len(files) <= 256 else np.int64)
     mode = 'L' if all(o.mode == 'L' for o in imgs) else 'RGB'
@@ -474,28 +552,30 @@ class ResidentDataset:
     "All images of one part of a dataset as a `uint8` tensor; indexing gives normalized batches."
     n_inp = 1
     def __init__(self,
-        x:torch.Tensor, # uint8 images N x C x H x W
-        y:torch.Tensor, # int64 labels N
+        x:torch.Tensor, # uint8 images N x C x H x W; floats count as normalized already
+        y:torch.Tensor, # int64 labels N; None: there are none
         vocab, # Class names
         stats, # (mean, std): one number a channel each, for pixels scaled to 0 to 1
     ):
         self.x, self.y, self.vocab, self.stats = x, y, list(vocab), stats
-        self.c, (self.n_in, self.size), self.loss_func = len(self.vocab), x.shape[1:3], CrossEntropyLossFlat()
+        self.c, self.n_in, self.loss_func = len(self.vocab), x.shape[1], CrossEntropyLossFlat()
+        self.size = x.shape[2] if x.shape[2] == x.shape[3] else tuple(x.shape[2:])
         mean, std = [torch.tensor(o, dtype=torch.float64).view(-1, 1, 1) for o in stats]
         self.scale, self.shift = [o.float().to(x.device) for o in (1/(255*std), -mean/std)]
 
     def __len__(self): return len(self.x)
-    def __repr__(self): return f'ResidentDataset({len(self)} images {self.n_in} x {self.size} x {self.size}, {self.c} classes)'
+    def __repr__(self): return f"ResidentDataset({len(self)} images {' x '.join(map(str, self.x.shape[1:]))}, {self.c} classes)"
 
     def __getitem__(self, i):
-        "One normalized image and label for a number; a batch for a tensor of positions."
-        if not isinstance(i, torch.Tensor): return self.normalize(self.x[i]), self.y[i]
-        i = i.to(self.x.device)
-        return self.normalize(self.x.index_select(0, i)), self.y.index_select(0, i)
+        "One normalized image and its label for a number; a batch for a tensor of positions. Without labels, a tuple of one."
+        if isinstance(i, torch.Tensor): take = partial(torch.index_select, dim=0, index=i.to(self.x.device))
+        else: take = lambda o: o[i]
+        x = self.normalize(take(self.x))
+        return (x,) if self.y is None else (x, take(self.y))
 
     def normalize(self, x):
-        "uint8 pixels (N x) C x H x W to normalized float32."
-        return torch.addcmul(self.shift, x, self.scale)
+        "uint8 pixels (N x) C x H x W to normalized float32; floats stay."
+        return x if x.is_floating_point() else torch.addcmul(self.shift, x, self.scale)
 
     def denormalize(self, x):
         "Normalized pixels back to uint8."
@@ -508,9 +588,39 @@ class ResidentDataset:
         ends = self.normalize(ends)
         return ends.min().item(), ends.max().item()
 
-    def _with(self, x, y): return type(self)(x, y, self.vocab, self.stats)
-    def to(self, device): return self if self.x.device == torch.device(device) else self._with(self.x.to(device), self.y.to(device))
-    def new_empty(self): return self._with(self.x[:0], self.y[:0])
+
+# %% ../nbs/01_data.ipynb #7c3f1d60
+@patch
+def _with(self:ResidentDataset, x, y): return type(self)(x, y, self.vocab, self.stats)
+
+@patch
+def to(self:ResidentDataset, device):
+    "The same on another device."
+    if self.x.device == torch.device(device): return self
+    return self._with(self.x.to(device), None if self.y is None else self.y.to(device))
+
+@patch
+def new_empty(self:ResidentDataset):
+    "The same without images: new tensors, since a slice would keep all images alive, and pickle them."
+    return self._with(self.x.new_empty((0, *self.x.shape[1:])), None if self.y is None else self.y.new_empty(0))
+
+@patch
+def __reduce__(self:ResidentDataset):
+    empty = self.new_empty().to('cpu')
+    return type(self), (empty.x, empty.y, self.vocab, self.stats)
+
+@patch
+def __copy__(self:ResidentDataset): return self._with(self.x, self.y)
+
+@patch
+def __deepcopy__(self:ResidentDataset, memo): return self._with(self.x.clone(), None if self.y is None else self.y.clone())
+
+@patch
+@contextmanager
+def set_split_idx(self:ResidentDataset, i):
+    "For `Learner.tta`, which asks for the transforms of a part: there are none here."
+    yield self
+
 
 # %% ../nbs/01_data.ipynb #2ba27e12
 def to_dataset(
@@ -534,6 +644,18 @@ def pixel_stats(
     return tuple(mean.tolist()), tuple(np.maximum(std, 1/255).tolist())
 
 # %% ../nbs/01_data.ipynb #269d57b8
+_HOOKS = ('after_item', 'before_batch', 'create_item', 'create_batch', 'create_batches', 'sample', 'shuffle_fn', 'do_batch', 'retain', 'wif')
+
+def _check_hooks(given):
+    "Refuse what a loader without items would pass by in silence."
+    way = "the images are served as plain tensors, a batch at a time. Use fastai's ImageDataLoaders for augmentation, or give after_batch a function of a batch"
+    for k in _HOOKS:
+        if given.get(k) is not None: raise BadInput(f"{k} has no place in a ResidentDL: {way}.")
+    f = given.get('after_batch')
+    fs = list(f) if isinstance(f, (list, tuple)) else list(getattr(f, 'fs', [f]))
+    theirs = [type(o).__name__ for o in fs if type(o).__module__.startswith('fastai.')]
+    if theirs or isinstance(f, (list, tuple)): raise BadInput(f"after_batch is {', '.join(theirs) or f}, which a ResidentDL can't apply: {way}.")
+
 class ResidentDL(DataLoader):
     "fastai `DataLoader` over a `ResidentDataset`: batches are sliced whole; the order depends on `seed` and the pass alone."
     def __init__(self,
@@ -546,6 +668,8 @@ class ResidentDL(DataLoader):
         device=None, # Where images and batches live; None: where they are
         **kwargs, # Further fastai `DataLoader` arguments, such as `after_batch` or `get_idxs`
     ):
+        if not isinstance(dataset, ResidentDataset): raise BadInput(f"ResidentDL serves a ResidentDataset, not a {type(dataset).__name__}; dls.test_dl(items) makes a loader of new images.")
+        _check_hooks(kwargs)
         kwargs.pop('num_workers', None)
         self.seed, self.passes = seed, passes
         check_range('batch size', bs if bs is not None else kwargs.get('batch_size'), 1, kind=int)
@@ -565,6 +689,7 @@ class ResidentDL(DataLoader):
         return np.random.RandomState((self.seed, self.passes)).permutation(self.n)
 
     def __iter__(self):
+        self._check_full()
         self.before_iter()
         idxs = torch.as_tensor(np.asarray(self.get_idxs()), device=self.device)
         self.passes += 1
@@ -575,8 +700,12 @@ class ResidentDL(DataLoader):
 
     def one_batch(self):
         "The first batch of the next pass, without counting as a pass."
+        self._check_full()
         if len(self) == 0: raise ValueError('This DataLoader does not contain any batches')
         return self._batch(torch.as_tensor(np.asarray(self.get_idxs())))
+
+    def _check_full(self):
+        if len(self.dataset) == 0: raise BadInput("This loader holds no images (none travel in an exported or pickled learner); give the learner its data again: learn.dls = get_dls(...).")
 
     def new(self, dataset=None, cls=None, **kwargs):
         "A copy with some arguments changed."
@@ -594,43 +723,96 @@ def _show(dl, b, titles, max_n, ctxs, ncols):
         nrows = -(-len(x)//ncols)
         _, axs = plt.subplots(nrows, ncols, figsize=(1.6*ncols, 1.8*nrows), squeeze=False, layout='constrained')
         ctxs = list(axs.flat)
-    _draw(ctxs, x, titles[:len(x)])
+    _draw(ctxs, x, None if titles is None else titles[:len(x)])
     return ctxs
 
 def _show_batch(self, b=None, max_n=9, ctxs=None, show=True, ncols=None):
     "Show up to `max_n` images of a batch (default: the next one) with their class names."
     if b is None: b = self.one_batch()
-    if show: _show(self, b, [self.vocab[o] for o in b[1].tolist()], max_n, ctxs, ncols)
+    if show: _show(self, b, [self.vocab[o] for o in b[1].tolist()] if len(b) > 1 else None, max_n, ctxs, ncols)
     else: return b
 
 def _show_results(self, b, out, max_n=9, ctxs=None, show=True, ncols=None):
     "Show images with their class and, below, the predicted one."
-    titles = [f'{self.vocab[y]}\n{self.vocab[p]}' for y, p in zip(b[1].tolist(), out.tolist())]
+    right = [f'{self.vocab[o]}\n' for o in b[1].tolist()] if len(b) > 1 else ['']*len(out)
+    titles = [f'{y}{self.vocab[p]}' for y, p in zip(right, out.tolist())]
     if show: _show(self, b, titles, max_n, ctxs, ncols)
     else: return b, out
 
+def _decode_batch(self, b, max_n=9, full=True):
+    "The first images of a batch as uint8 pixels H x W x C, each with its class name where the batch has labels."
+    x, labels = _images(self, b[0][:max_n]), [[self.vocab[o] for o in y[:max_n].tolist()] for y in b[1:]]
+    return list(zip(x, *labels))
+
+ResidentDL.decode_batch = _decode_batch
 ResidentDL.show_batch, ResidentDL.show_results = _show_batch, _show_results
+
+# %% ../nbs/01_data.ipynb #b8d4e6a2
+def _items_dataset(like, items, with_labels, background)->ResidentDataset:
+    "New images as a dataset that looks like another one."
+    if not items: raise BadInput('There are no images (an empty list); give at least one.')
+    pairs = [o if with_labels else (o, None) for o in items]
+    x = torch.stack([_item(o, like, background, i) for i, (o, _) in enumerate(pairs)]).to(like.x.device)
+    y = [like.vocab.index(check_in('class', o, like.vocab)) if isinstance(o, str) else int(o) for _, o in pairs] if with_labels else None
+    return like._with(x, None if y is None else torch.tensor(y, device=like.x.device))
+
+def _item(o, like, background, i)->torch.Tensor:
+    "One image as normalized floats C x H x W."
+    want = tuple(like.x.shape[1:])
+    if isinstance(o, (str, Path)): o = _open(o, lambda img: _fit(img, want, background))
+    elif isinstance(o, Image.Image):
+        try: o = _fit(o, want, background)
+        except BadInput as e: raise BadInput(f"image {i} {e}") from e
+    if isinstance(o, np.ndarray) and o.dtype == np.uint8: o = torch.tensor(o).reshape(*o.shape[:2], -1).permute(2, 0, 1)
+    if not isinstance(o, torch.Tensor) or not (o.dtype == torch.uint8 or o.is_floating_point()):
+        raise BadInput(f"image {i} is of type {getattr(o, 'dtype', type(o).__name__)}; give a file, a PIL image, uint8 pixels, or a normalized float tensor.")
+    if o.ndim == 2: o = o[None]
+    if o.shape != want: raise BadInput(f"image {i} has the shape {tuple(o.shape)}, the others {want}; bring it to that, or give a file or a PIL image, which is scaled and cropped.")
+    return like.normalize(o.to(like.x.device)).float()
+
+def _fit(img, shape, background)->np.ndarray: # uint8 H x W x C
+    "A PIL image of any size and mode as the dataset has them."
+    channels, height, width = shape
+    img = _upright(img, background)[0].convert('L' if channels == 1 else 'RGB')
+    return np.asarray(ImageOps.fit(img, (width, height), Image.Resampling.BILINEAR))
+
 
 # %% ../nbs/01_data.ipynb #e803909c
 class ResidentDLs(DataLoaders):
     "fastai `DataLoaders` with three loaders: `train`, `valid`, `test`. What `vocab`, `stats`, `n_in`, `size` and `input_range` say comes from the data."
-    checksums, source = {}, ''
+    checksums, source, background = {}, '', 'white'
     @property
     def test(self): return self.loaders[2]
 
+    def new_empty(self):
+        "The same without images."
+        other = super().new_empty()
+        for k in ('checksums', 'source', 'background'): setattr(other, k, getattr(self, k))
+        return other
+
+    def test_dl(self,
+        test_items, # Images: files, PIL images, uint8 arrays H x W (x C), uint8 tensors (C x) H x W, or normalized float tensors C x H x W
+        rm_type_tfms=None, # For fastai's signature; there are no transforms
+        with_labels:bool=False, # Are the items pairs (image, class name or number)?
+        **kwargs, # Arguments of `ResidentDL`, such as `bs`
+    )->ResidentDL:
+        "A loader of new images, brought to the size and the channels of the others, in their order."
+        ds = test_items
+        if not isinstance(ds, ResidentDataset): ds = _items_dataset(self.valid.dataset, list(ds), with_labels, self.background)
+        return self.valid.new(ds, **kwargs)
+
 def _wishes(spec, given):
     "What a `RunSpec` asks of the data, or the arguments of `get_dls` themselves, validated in the same way."
-    names, default = ('n_train', 'sample', 'batch_size', 'valid_pct', 'seed'), RunSpec()
+    unset = dict(n_train=None, sample=False, batch_size=None, valid_pct=.1, seed=0, size=None, background='white')
     if isinstance(spec, RunSpec):
-        extra = [o for o in names if given[o] != getattr(default, o)]
+        extra = [o for o in unset if given[o] != unset[o]]
         if extra: raise BadInput(f"get_dls got a RunSpec and {', '.join(extra)} too; say it once: dataclasses.replace(spec, {extra[0]}=...).")
         return spec
-    return RunSpec(dataset=str(spec), **{o: given[o] for o in names})
+    return RunSpec(dataset=str(spec), **given)
 
-def _arrays_of(spec, root, size)->Arrays:
+def _arrays_of(spec, root)->Arrays:
     "The arrays a spec names."
-    if spec.dataset.startswith('folder:'): return folder_arrays(spec.dataset[len('folder:'):], size=32 if size is None else size)
-    if size is not None: raise BadInput(f"size is for folder:PATH only; {spec.dataset} has images of {INFO[spec.dataset].size} pixels.")
+    if spec.dataset.startswith('folder:'): return folder_arrays(spec.dataset[len('folder:'):], size=spec.size, background=spec.background)
     return sample_arrays(spec.dataset) if spec.sample else get_arrays(spec.dataset, root)
 
 # %% ../nbs/01_data.ipynb #14e8cfdd
@@ -639,25 +821,28 @@ def get_dls(
     *,
     n_train:int=None, # Images to learn from, counted after the validation images are taken away; None: all of them
     sample:bool=False, # The embedded sample (2,000 + 1,000 images) instead of the whole set?
-    batch_size:int=128, # Images a batch; 128 as in the papers
+    batch_size:int=None, # Images a batch; None: 128 as in the papers, or fewer where that makes less than four steps a pass
     valid_pct:float=.1, # Share of each class of the training set that becomes the validation set, between 0 and 1
     seed:int=0, # Decides the order of the training images, nothing else: the split is the same for all seeds
     root=None, # Folder of the cache; None: QISAL_DATA, else `~/.cache/qisal`
     device=None, # Where the images live; None: fastai's default device, a GPU if there is one
-    size:int=None, # For folders: height and width in pixels; None: 32
+    size:int=None, # For folders: height and width in pixels, 8 to 1024; None: chosen from the images (`fitting_size`)
+    background:str='white', # For folders: what transparent images are laid over, 'white' or 'black'
 )->ResidentDLs: # `.train`, `.valid`, `.test`; `.vocab`, `.stats`, `.n_in`, `.size`, `.input_range`, `.checksums`, `.source`
     "Make `DataLoaders` for a dataset. Raises `BadInput` for anything that can't be, before any work is done on images."
-    spec = _wishes(spec_or_name, dict(n_train=n_train, sample=sample, batch_size=batch_size, valid_pct=valid_pct, seed=seed))
-    a = _arrays_of(spec, root, size)
+    spec = _wishes(spec_or_name, dict(n_train=n_train, sample=sample, batch_size=batch_size, valid_pct=valid_pct, seed=seed,
+                                      size=size, background=background))
+    a = _arrays_of(spec, root)
     train, valid = stratified_split(a.y_train, spec.valid_pct)
     n = len(train) if spec.n_train is None else spec.n_train
     if n > len(train): raise BadInput(f"n_train is {n}; after {len(valid)} validation images are taken away, {a.name} has {len(train)} to learn from. Lower n_train, or leave it out to take all.")
-    if n < spec.batch_size: raise BadInput(f"batch_size is {spec.batch_size}, but there are only {n} training images; make it {n} or less.")
+    bs = fitting_batch(n) if spec.batch_size is None else spec.batch_size
+    if n < bs: raise BadInput(f"batch_size is {bs}, but there are only {n} training images; make it {n} or less, or leave it out for one that fits.")
     train = train[balanced_subset(a.y_train[train], n)]
     stats = (INFO[a.name].mean, INFO[a.name].std) if a.name in INFO else pixel_stats(a.x_train[train])
     parts = (a.x_train[train], a.y_train[train]), (a.x_train[valid], a.y_train[valid]), (a.x_test, a.y_test)
     device = default_device() if device is None else torch.device(device)
-    dls = ResidentDLs(*[ResidentDL(to_dataset(*o, a.classes, stats), bs=spec.batch_size, shuffle=i == 0, drop_last=i == 0, seed=spec.seed)
+    dls = ResidentDLs(*[ResidentDL(to_dataset(*o, a.classes, stats), bs=bs, shuffle=i == 0, drop_last=i == 0, seed=spec.seed)
                         for i, o in enumerate(parts)], device=device)
-    dls.checksums, dls.source = a.checksums, a.source
+    dls.checksums, dls.source, dls.background = a.checksums, a.source, spec.background
     return dls

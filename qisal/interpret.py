@@ -12,7 +12,7 @@ import math
 
 import numpy as np, pandas as pd, torch
 
-from .core import BITS, BadInput, check_in, check_range
+from .core import BITS, BadInput, as_bits, check_in, check_range
 from .data import DataLoader, ResidentDL
 from .metrics import mean_interval, wilson_interval
 from .saliency import attribute, feature_saliency
@@ -263,13 +263,12 @@ def _spread(g):
     return (acc, *wilson_interval(round(acc*n), n), 'images')
 
 def accuracy_by_setting(
-    df:pd.DataFrame, # A row a run: bits, guided, accuracy in [0, 1]; perhaps seed, n_test, dataset
+    df:pd.DataFrame, # A row a run: bits (names, or numbers as a CSV file has them), guided, accuracy in [0, 1]; perhaps seed, n_test, dataset
 )->pd.DataFrame: # A row a setting: dataset, bits, guided, accuracy (mean), low, high, interval ('seeds', 'images' or 'none'), runs
     "Means and 95 % intervals, from many bits to few. Raises `BadInput` for missing columns or unknown bits."
     missing = {'bits', 'guided', 'accuracy'} - set(df.columns)
     if missing or not len(df): raise BadInput(f"the table has {len(df)} rows and lacks the columns {sorted(missing)}; give one row a run.")
-    for b in df.bits.unique(): check_in('bits', b, BITS)
-    df = df if 'dataset' in df else df.assign(dataset='')
+    df = df.assign(bits=df.bits.map(as_bits), dataset=df.dataset if 'dataset' in df else '')
     rows = [(*k, *_spread(g), len(g)) for k, g in df.groupby(['dataset', 'bits', 'guided'], sort=False)]
     out = pd.DataFrame(rows, columns=['dataset', 'bits', 'guided', 'accuracy', 'low', 'high', 'interval', 'runs'])
     return out.sort_values(['dataset', 'bits', 'guided'], key=lambda c: c.map(BITS_FALLING.index) if c.name == 'bits' else c, ignore_index=True)

@@ -16,7 +16,7 @@ import numpy as np, pandas as pd, torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.utils.data import DataLoader as TorchDataLoader
+from torch.utils.data import DataLoader as TorchDataLoader, RandomSampler
 
 from .core import ATTRIBUTIONS, FILLS, BadInput, check_in, check_range
 from .data import DataLoader as FastaiDataLoader, DataLoaders
@@ -49,7 +49,12 @@ def _whole(dl):
     if isinstance(dl, FastaiDataLoader): return dl.new(shuffle=False, drop_last=False) if dl.shuffle or dl.drop_last else dl
     if not isinstance(dl, TorchDataLoader): raise BadInput(f"data is a {type(dl).__name__}; give a DataLoader, or a pair (x, y) of tensors.")
     if dl.drop_last: raise BadInput("the DataLoader drops its last batch (drop_last=True); give one that delivers every image.")
-    return dl
+    return _in_order(dl) if isinstance(dl.sampler, RandomSampler) else dl
+
+def _in_order(dl):
+    "A copy of a shuffling torch loader that goes through its data set from first to last."
+    kept = ('batch_size', 'num_workers', 'collate_fn', 'pin_memory', 'worker_init_fn', 'multiprocessing_context')
+    return TorchDataLoader(dl.dataset, **{o: getattr(dl, o) for o in kept})
 
 def _check_xy(x, y):
     "A batch or a whole data set: float images N x C x H x W and whole-number labels N, or `BadInput`."
@@ -246,18 +251,18 @@ def _fillers(x, fills, draws):
 
 # %% ../nbs/07_metrics.ipynb #b8bfb5bf
 @torch.no_grad()
-def _count(model, run, x, y, methods, orders, fills, levels, draws, kw):
-    "Right answers of one batch as an array methods x orders x fills x levels; `run` is the model's forward pass for masked images."
-    right = torch.zeros(len(methods), len(orders), len(fills), len(levels), dtype=torch.int64, device=x.device)
+def _judge(model, run, x, y, methods, orders, fills, levels, draws, kw):
+    "Right or wrong for one batch, methods x fills x orders x levels x images; `run` is the model's forward pass for masked images."
+    right = torch.zeros(len(methods), len(fills), len(orders), len(levels), len(y), dtype=torch.bool, device=x.device)
     top, filler, clean = int(y.max()), _fillers(x, fills, draws), None
-    correct = lambda out: (_check_logits(out, len(y), top).argmax(1) == y).sum()
+    correct = lambda out: _check_logits(out, len(y), top).argmax(1) == y
     for i, (name, m) in enumerate(methods.items()):
         maps, out = _maps(model, x, y, m, draws, kw.get(name, {}))
         if clean is None and 0 in levels: clean = correct(run(x) if out is None else out)
         for j, order in enumerate(orders):
             rank = pixel_rank(maps, order).to(torch.int32)
             for (f, fill), (l, k) in product(enumerate(fills), enumerate(levels)):
-                right[i, j, f, l] = clean if k == 0 else correct(run(filler[fill](rank < k)))
+                right[i, f, j, l] = clean if k == 0 else correct(run(filler[fill](rank < k)))
     return right
 
 # %% ../nbs/07_metrics.ipynb #23204d01
@@ -284,23 +289,25 @@ def masking_curves(
     seed:int=0, # Decides the random control, random fill, ROAD's noise and SmoothGrad's
     batch_size:int=256, # Images at once, for a pair (x, y); a loader has its own
     attr_kw:dict=None, # Attribution's name -> further arguments of `attribute`, such as dict(smoothgrad=dict(n_samples=25))
-)->pd.DataFrame: # One row a combination: attribution, fill, order, frac, accuracy, n
+    return_correct:bool=False, # Also which images were right? A bool array, rows of the table x images in the data's order
+)->pd.DataFrame: # One row a combination: attribution, fill, order, frac, accuracy, n; with `return_correct` a pair (table, array)
     "Accuracy of all combinations in one pass over all the data. Raises `BadInput` before any work, or at the first batch that doesn't fit."
     attr_kw = attr_kw or {}
     methods, fracs = _plan(model, attributions, fills, orders, fracs, attr_kw)
     check_range('seed', seed, 0, kind=int)
     check_range('batch_size', batch_size, 1, kind=int)
-    draws, n, right = _streams(seed, ('control', 'fill', 'road', 'smoothgrad')), 0, 0
+    draws, n, right, kept = _streams(seed, ('control', 'fill', 'road', 'smoothgrad')), 0, 0, []
     p, run = next(model.parameters(), None), _in_best_layout(model)
     with keep_rng(seed, None if p is None else p.device), eval_mode(model):
         for x, y in _batches(model, dl_or_xy, batch_size):
             levels = [n_masked(f, x.shape[-2]*x.shape[-1]) for f in fracs]
-            right = right + _count(model, run, x, y, methods, orders, fills, levels, draws, attr_kw)
-            n += len(y)
+            new = _judge(model, run, x, y, methods, orders, fills, levels, draws, attr_kw).flatten(0, 3)
+            right, n = right + new.sum(1), n + len(y)
+            if return_correct: kept.append(new.cpu())
     if not n: raise BadInput("the DataLoader delivers no images; give one that does.")
     names = pd.MultiIndex.from_product([methods, fills, orders, fracs], names=['attribution', 'fill', 'order', 'frac'])
-    acc = (right.double()/n).transpose(1, 2).reshape(-1).cpu().numpy()
-    return pd.DataFrame({'accuracy': acc, 'n': n}, index=names).reset_index()
+    df = pd.DataFrame({'accuracy': (right.double()/n).cpu().numpy(), 'n': n}, index=names).reset_index()
+    return (df, torch.cat(kept, 1).numpy()) if return_correct else df
 
 # %% ../nbs/07_metrics.ipynb #721584c8
 def masking_auc(
@@ -335,12 +342,15 @@ def masking_curve(
     order:str='morf', # 'morf': most relevant first; 'lerf': least relevant first
     seed:int=0, # Decides the random control, random fill, ROAD's noise and SmoothGrad's
     batch_size:int=256, # Images at once, for a pair (x, y); a loader has its own
+    return_correct:bool=False, # Also which images were right? A bool array, levels x images in the data's order
     **attr_kw, # Further arguments of `attribute`, such as n_samples=25
-)->pd.DataFrame: # Columns frac and accuracy, both in [0, 1]; `attrs` has auc, attribution, fill, order, n, seed
+)->pd.DataFrame: # Columns frac and accuracy, both in [0, 1]; `attrs` has auc, attribution, fill, order, n, seed. With `return_correct` a pair (table, array)
     "Accuracy on all the data as more and more pixels are removed; no retraining. Raises `BadInput` before any work, or at the first batch that doesn't fit."
     name = attribution if isinstance(attribution, str) else getattr(attribution, '__name__', type(attribution).__name__)
-    df = masking_curves(model, dl_or_xy, {name: attribution}, fracs, (fill,), (order,), seed, batch_size, {name: attr_kw} if attr_kw else None)
-    return select_curve(df, name, fill, order, seed=seed)
+    df, correct = masking_curves(model, dl_or_xy, {name: attribution}, fracs, (fill,), (order,), seed, batch_size,
+                                 {name: attr_kw} if attr_kw else None, return_correct=True)
+    curve = select_curve(df, name, fill, order, seed=seed)
+    return (curve, correct) if return_correct else curve
 
 def select_curve(
     df:pd.DataFrame, # What `masking_curves` returned

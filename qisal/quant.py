@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from fastcore.basics import patch
-from .core import BITS, WEIGHT_QUANTIZERS, BadInput, check_in, check_range
+from .core import BITS, WEIGHT_QUANTIZERS, BadInput, as_bits, as_whole, check_in, check_range
 
 # %% ../nbs/03_quant.ipynb #38c30581
 def _on_grid(x, step, n): return x.div(step).round_().clamp_(0, n).mul_(step)
@@ -283,8 +283,10 @@ class BitPolicy:
     ends: int|None = 8  # both bits of the first and the last layer; None: as the others
 
     def __post_init__(self):
-        for o in (*self.early, *self.late): check_in('bits', o, (2, 3, 4, 5, 8, 32))
-        if self.ends is not None: check_in('first_last_bits', self.ends, (8, 5, 4, 3, 2, 32))
+        for k in ('early', 'late'):
+            object.__setattr__(self, k, tuple(check_in('bits', as_whole(o), (2, 3, 4, 5, 8, 32)) for o in getattr(self, k)))
+        if self.ends is None: return
+        object.__setattr__(self, 'ends', check_in('first_last_bits', as_whole(self.ends), (8, 5, 4, 3, 2, 32)))
 
     def layers(self,
         n:int, # Number of layers, in the order in which they run
@@ -299,11 +301,11 @@ class BitPolicy:
 
 # %% ../nbs/03_quant.ipynb #59c758b6
 def bit_policy(
-    name:str, # One of `BITS` but '32'
+    name:str, # One of `BITS` but '32'; a number for its name
     ends:int|None=8, # Bits of the first and the last layer; None: as the others
 )->BitPolicy:
     "A policy by name: '4' everywhere, '4/2' 4 bits for the earlier half of the layers and 2 for the later, 'w2a4' 2-bit weights and 4-bit activations."
-    check_in('bits', name, BITS)
+    name = as_bits(name)
     if name == '32': raise BadInput("bits '32' is the float model: it has no quantizer. Leave PACTCallback out.")
     if '/' in name: early, late = ((int(o), int(o)) for o in name.split('/'))
     elif name[0] == 'w': early = late = (int(name[1]), int(name[3]))
@@ -449,9 +451,8 @@ def _override(name, bits, overrides):
     "The bits of a layer after the overrides; the last pattern that matches wins."
     for pattern, v in (overrides or {}).items():
         if not fnmatchcase(name, pattern): continue
-        if isinstance(v, str): bits = (32, 32) if v == '32' else bit_policy(v, None).layers(1)[0]
-        elif isinstance(v, (tuple, list)) and len(v) == 2: bits = tuple(v)
-        else: bits = (v, v)
+        if isinstance(v, str): bits = (32, 32) if as_bits(v) == '32' else bit_policy(v, None).layers(1)[0]
+        else: bits = tuple(map(as_whole, v if isinstance(v, (tuple, list)) and len(v) == 2 else (v, v)))
         for o in bits: check_in(f"bits of override '{pattern}'", o, (2, 3, 4, 5, 8, 32))
     return bits
 

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['PROFILES', 'RESULTS_FORMAT', 'RESULT_KEYS', 'NEED_BYTES', 'THREAD_VARIABLES', 'grid', 'template_parameters',
            'check_template', 'template_hash', 'fingerprint', 'check_result', 'read_metrics', 'changed_parts', 'is_done',
-           'data_checksums', 'RunLock', 'disk_errors', 'check_out', 'RunFailed', 'run_one', 'load_runs', 'summary',
-           'write_summary', 'end_with_parent', 'write_manifest', 'available_cores', 'fill_notebook', 'run_study',
-           'measure_study']
+           'pack_correct', 'read_correct', 'data_checksums', 'RunLock', 'disk_errors', 'check_out', 'RunFailed',
+           'run_one', 'load_runs', 'summary', 'write_summary', 'end_with_parent', 'write_manifest', 'available_cores',
+           'fill_notebook', 'run_study', 'measure_study']
 
 # %% ../nbs/11_run.ipynb #76c4c4b8
-import ast, contextlib, errno, fcntl, hashlib, json, math, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
+import ast, contextlib, errno, fcntl, hashlib, io, json, math, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from .core import (BadInput, RunSpec, DATASETS, asset, check_in, check_range, code_hash, provenance, read_json,
-                        write_atomic, write_json)
+                        sha256_file, write_atomic, write_json)
 
 # %% ../nbs/11_run.ipynb #dd016b49
 PROFILES = {
@@ -40,10 +40,11 @@ def _fields(
     profile:str, # Name of the profile
     dataset:str, # Name of the dataset
 )->dict: # Fields of `RunSpec`
-    "What a profile says about one dataset. Where `smoke` has no embedded sample it takes 2,000 training images of the full set, and all of a folder."
+    "What a profile says about one dataset. Where `smoke` has no embedded sample it takes 2,000 training images of the full set, and all of a folder, in batches that fit it."
     p = PROFILES[profile]
     f = {**p['common'], **p['by_dataset'].get(dataset, {})}
     if f.get('sample') and dataset not in ('mnist', 'fashion_mnist'): f |= dict(sample=False, n_train=None if dataset.startswith('folder:') else 2000)
+    if dataset.startswith('folder:'): f.pop('batch_size', None)
     return f
 
 def grid(
@@ -60,7 +61,7 @@ def grid(
     for name, given in dict(datasets=datasets, bits=bits, guided=guided, seeds=seeds).items():
         axes[name] = tuple(p[name] if given is None else given)
         if not axes[name]: raise BadInput(f"{name} is empty; name at least one value or leave it out for the profile's {', '.join(map(str, p[name]))}.")
-    specs = [RunSpec.from_dict({**_fields(profile, d), **over, 'dataset': d, 'bits': b, 'guided': _flag(g), 'seed': s})
+    specs = [RunSpec.from_dict({'size': None, **_fields(profile, d), **over, 'dataset': d, 'bits': b, 'guided': _flag(g), 'seed': s})
              for s, d, b, g in product(axes['seeds'], axes['datasets'], axes['bits'], axes['guided'])]
     return list(dict.fromkeys(specs))
 
@@ -80,8 +81,8 @@ def template_parameters(
         raise BadInput(f"the parameters cell of {path.name} must hold only lines 'name = literal' ({e}).") from e
 
 def _code_cells(path):
-    try: nb = json.loads(Path(path).read_text())
-    except (ValueError, OSError) as e: raise BadInput(f"template {Path(path).name} is no notebook ({e}).") from e
+    try: nb = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (ValueError, OSError, RecursionError) as e: raise BadInput(f"template {Path(path).name} is no notebook ({e}).") from e
     if not isinstance(nb, dict) or 'cells' not in nb: raise BadInput(f"template {Path(path).name} is no notebook (it has no cells).")
     return [c for c in nb['cells'] if c.get('cell_type') == 'code']
 
@@ -147,8 +148,8 @@ def read_metrics(
 )->dict|None: # Its metrics; None when there are none, or they were cut off or altered
     "A run's `metrics.json`, if it is whole and unaltered. One of another format version raises `BadInput`: it is never overwritten."
     path = Path(folder)/'metrics.json'
-    try: m = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError): return None
+    try: m = json.loads(path.read_text(encoding='utf-8'))
+    except (FileNotFoundError, ValueError, RecursionError): return None
     if not isinstance(m, dict): return None
     if m.get('format') != RESULTS_FORMAT: raise BadInput(f"{path} has results format {m.get('format')}, this qisal writes {RESULTS_FORMAT}; choose another output folder.")
     return m if _seal(m) == m else None
@@ -174,6 +175,60 @@ def is_done(
     "Is there a result in `folder` that carries the fingerprint of what would be run now?"
     return changed_parts(folder, spec, template, data) == []
 
+# %% ../nbs/11_run.ipynb #c0a1b202
+def pack_correct(
+    accuracy, # Truth values, one a test image: was the answer right?
+    curves:dict, # (attribution, fill, order) -> truth values, levels x test images
+)->bytes: # Content of `correct.npz`
+    "Right or wrong of every test image, eight images a byte."
+    import numpy as np
+    right, buffer = np.asarray(accuracy, bool), io.BytesIO()
+    packed = {'/'.join(map(str, k)): np.packbits(np.asarray(v, bool), axis=-1) for k, v in curves.items()}
+    wrong = [k for k, v in curves.items() if np.ndim(v) != 2 or np.shape(v)[1] != len(right)]
+    if wrong: raise BadInput(f"the curve {'/'.join(map(str, wrong[0]))} has shape {np.shape(curves[wrong[0]])}; give levels x {len(right)} test images.")
+    np.savez_compressed(buffer, n_test=len(right), accuracy=np.packbits(right), **packed)
+    return buffer.getvalue()
+
+def _curves_of(metrics)->list: # (attribution, fill, order, curve)
+    "Every masking curve in a run's metrics."
+    res = [(a, c.get('fill', ''), c.get('order', 'morf'), c) for a, c in metrics['masking'].items()]
+    for order, group in (metrics.get('road') or {}).items(): res += [(a, 'road', order, c) for a, c in group.items()]
+    return res
+
+# %% ../nbs/11_run.ipynb #c0a1b203
+def _adds_up(right, metrics)->str: # What does not; '' where all does
+    "Do the single answers give the accuracies of the metrics?"
+    import numpy as np
+    n, known = metrics['n_test'], {(a, str(fill), order): c['accuracy'] for a, fill, order, c in _curves_of(metrics)}
+    known['accuracy'] = metrics['accuracy']
+    for k, v in right.items():
+        if v.shape[-1] != n: return f'{v.shape[-1]} images instead of {n}'
+        if k not in known or np.shape(known[k]) != v.shape[:-1] or not np.allclose(v.mean(-1), known[k], rtol=0, atol=.1/n): return f"another {'accuracy' if k == 'accuracy' else 'curve ' + '/'.join(k)}"
+    return '' if 'accuracy' in right else 'no accuracy'
+
+def _unpack_correct(raw:bytes)->dict:
+    import numpy as np
+    with np.load(io.BytesIO(raw), allow_pickle=False) as z:
+        n = int(z['n_test'])
+        return {k if k == 'accuracy' else tuple(k.split('/')): np.unpackbits(z[k], axis=-1, count=n).astype(bool) for k in z.files if k != 'n_test'}
+
+def read_correct(
+    folder, # A run's folder
+    metrics:dict, # Its metrics
+)->dict|None: # 'accuracy' -> truth values, one a test image; (attribution, fill, order) -> levels x test images; None: a run of an earlier version, which kept none
+    "Right or wrong of every test image of a run. Raises `BadInput` for a `correct.npz` that is missing, altered, or not of these metrics."
+    import zipfile
+    if 'correct' not in metrics: return None
+    path = Path(folder)/'correct.npz'
+    try:
+        raw = path.read_bytes()
+        if hashlib.sha256(raw).hexdigest() != metrics['correct']: raise ValueError('it was altered')
+        right = _unpack_correct(raw)
+        if said := _adds_up(right, metrics): raise ValueError(f'it holds {said}')
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        raise BadInput(f"correct.npz of run {Path(folder).name} can't be used ({e.strerror if isinstance(e, OSError) else e}); restore it or do the run again.") from e
+    return right
+
 # %% ../nbs/11_run.ipynb #a12c2d3b
 def data_checksums(
     spec:RunSpec, # The run
@@ -194,7 +249,7 @@ class RunLock:
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        (self.path.parent/'.gitignore').write_text('*\n')  # locks are nothing to keep
+        (self.path.parent/'.gitignore').write_text('*\n', encoding='utf-8')  # locks are nothing to keep
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try: fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -295,6 +350,10 @@ def _private_folder(
     finally: shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/11_run.ipynb #4b2c5335
+def _as_is(path)->str:
+    "A path that papermill takes as it is: it reads braces as places for the values of parameters."
+    return str(path).replace('{', '{{').replace('}', '}}')
+
 def _execute(
     template:Path, # The notebook
     folder:Path, # The run's folder
@@ -306,11 +365,11 @@ def _execute(
     import papermill
     from traitlets.config import Config
     logging.getLogger('papermill').setLevel(logging.WARNING)
-    with open(folder/'log.txt', 'a') as log, _private_folder(lock) as private:
+    with open(folder/'log.txt', 'a', encoding='utf-8') as log, _private_folder(lock) as private:
         variables = {o: str(parameters['n_threads']) for o in THREAD_VARIABLES}
-        variables |= dict(JUPYTER_RUNTIME_DIR=str(private), IPYTHONDIR=str(private), MPLBACKEND=None)  # no MPLBACKEND: figures inline
+        variables |= dict(PYTHONUTF8='1', JUPYTER_RUNTIME_DIR=str(private), IPYTHONDIR=str(private), MPLBACKEND=None)  # no MPLBACKEND: figures inline
         with _environment(variables):
-            papermill.execute_notebook(str(template), str(folder/'run.part.ipynb'), parameters=parameters, kernel_name='python3', language='python',
+            papermill.execute_notebook(_as_is(template), _as_is(folder/'run.part.ipynb'), parameters=parameters, kernel_name='python3', language='python',
                 progress_bar=False, kernel_manager_class=_kernel_manager(lock.fd, log), shutdown_kernel='immediate',
                 config=Config({'KernelManager': {'transport': 'ipc', 'ip': f'{private}/ipc', 'connection_file': f'{private}/kernel.json'}}))
 
@@ -322,7 +381,7 @@ def _keep_notebook(
     "Move the executed notebook to its name, without the machine's paths in its metadata."
     part = folder/'run.part.ipynb'
     if not part.exists(): return
-    nb = json.loads(part.read_text())
+    nb = json.loads(part.read_text(encoding='utf-8'))
     meta = nb['metadata'].get('papermill', {})
     for k in ('input_path', 'output_path'):
         if meta.get(k): meta[k] = Path(meta[k]).name.replace('run.part.ipynb', name)
@@ -376,10 +435,13 @@ def _finish(
     n_threads:int, # For the record
 )->dict: # The metrics
     "Check the template's `result.json`, keep the notebook, and write `metrics.json`: the last step, and one that is done or not done."
-    try: result = json.loads((folder/'result.json').read_text())
+    try: result = json.loads((folder/'result.json').read_text(encoding='utf-8'))
     except (FileNotFoundError, ValueError) as e: raise ValueError(f"the template wrote no readable result.json ({e})") from e
     check_result(result, spec)
     result['timing'] = {**result['timing'], 'n_threads': n_threads}
+    if (folder/'correct.npz').is_file():
+        result['correct'] = sha256_file(folder/'correct.npz')
+        read_correct(folder, result)  # raises where it does not add up to the result
     metrics = _seal({'format': RESULTS_FORMAT, 'run_id': spec.run_id, **result, 'fingerprint': fingerprint(spec, template, result['code'], result['data'])})
     _keep_notebook(folder, 'run.ipynb')
     write_json(folder/'metrics.json', metrics)
@@ -486,9 +548,9 @@ def _command(
 class _Worker:
     "One `qisal run` as a process that ends when this one does."
     def __init__(self, cmd, n_threads):
-        env = {**os.environ, **{k: str(n_threads) for k in THREAD_VARIABLES}, 'QISAL_LIFELINE': 'stdin'}
+        env = {**os.environ, **{k: str(n_threads) for k in THREAD_VARIABLES}, 'QISAL_LIFELINE': 'stdin', 'PYTHONUTF8': '1'}  # UTF-8 between the two, whatever the locale
         reader, self.lifeline = os.pipe()
-        try: self.process = subprocess.Popen(cmd, stdin=reader, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True)
+        try: self.process = subprocess.Popen(cmd, stdin=reader, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8', errors='replace', env=env, start_new_session=True)
         finally: os.close(reader)
 
     def wait(self)->tuple[int, str]:
@@ -564,7 +626,9 @@ def write_manifest(
         for o in specs: write_json(Path(out)/'specs'/f'{o.run_id}.json', o.to_dict())
     return m
 
-def _data_name(spec): return f'{spec.dataset} (sample)' if spec.sample else spec.dataset
+def _data_name(spec):
+    how = ['sample'*spec.sample, f'{spec.size} x {spec.size}' if spec.size else '', f'on {spec.background}' if spec.background != 'white' else '']
+    return f"{spec.dataset} ({', '.join(filter(None, how))})" if any(how) else spec.dataset
 
 def available_cores()->int:
     "The cores that this process may use."
@@ -608,11 +672,11 @@ def fill_notebook(
     import logging, papermill
     from traitlets.config import Config
     logging.getLogger('papermill').setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix='qisal-') as tmp, open(f'{tmp}/log.txt', 'w') as log, _environment(dict(MPLBACKEND=None)):
-        papermill.execute_notebook(str(template), f'{tmp}/filled.ipynb', parameters, cwd=str(cwd), kernel_name='python3', language='python', progress_bar=progress,
+    with tempfile.TemporaryDirectory(prefix='qisal-') as tmp, open(f'{tmp}/log.txt', 'w', encoding='utf-8') as log, _environment(dict(MPLBACKEND=None, PYTHONUTF8='1')):
+        papermill.execute_notebook(_as_is(template), _as_is(f'{tmp}/filled.ipynb'), parameters, cwd=_as_is(cwd), kernel_name='python3', language='python', progress_bar=progress,
             kernel_manager_class=_kernel_manager(log.fileno(), log), shutdown_kernel='immediate',
             config=Config({'KernelManager': {'transport': 'ipc', 'ip': f'{tmp}/ipc', 'connection_file': f'{tmp}/kernel.json'}}))
-        nb = json.loads(Path(tmp, 'filled.ipynb').read_text())
+        nb = json.loads(Path(tmp, 'filled.ipynb').read_text(encoding='utf-8'))
     for o in (nb, *nb['cells']): o['metadata'].pop('papermill', None)
     return nb
 
@@ -680,7 +744,7 @@ def _data_once():
     from qisal.worth import run_data
     last = {}
     def get(metrics):
-        key = _sha([metrics['spec'].get(o) for o in ('dataset', 'sample', 'n_train', 'valid_pct')])
+        key = _sha([metrics['spec'].get(o) for o in ('dataset', 'sample', 'n_train', 'valid_pct', 'size', 'background')])
         if key not in last:
             last.clear()
             last[key] = run_data(metrics)

@@ -39,7 +39,7 @@ def test_no_command_shows_help(): assert 'Commands:' in (r := qisal()).stdout + 
     (['--seeds', 'a'], ['--seeds', "'a'", 'whole numbers']), (['--arch', 'vgg'], ['vgg', 'resnet20']), (['--epochs', '0'], ['epochs is 0']), (['--epochs', '-3'], ['epochs is -3']),
     (['--epochs', 'x'], ['--epochs']), (['--jobs', '0'], ['jobs is 0']), (['--jobs', '-2'], ['jobs is -2']), (['--threads', '0'], ['threads is 0']), (['--frac', '0'], ['frac is 0']),
     (['--frac', '1'], ['frac is 1']), (['--mode', 'quick'], ['mode', 'quick', 'exact, fast']), (['--frac', 'nan'], ['frac']), (['--n-train', '0'], ['n_train is 0']), (['--n-train', '2000000'], ['n_train is 2000000']), (['--attributions', 'lime'], ['lime', 'gradient']),
-    (['--template', 'none.ipynb'], ['none.ipynb']), (['--epoch', '3'], ['--epoch']), (['--datasets', 'folder:none'], ['none']), (['extra'], ['extra'])], ids=lambda o: ' '.join(o) if o and o[0][:1] == '-' else '')
+    (['--template', 'none.ipynb'], ['none.ipynb']), (['--size', '64'], ['size is for folder:PATH only']), (['--batch-size', '0'], ['batch_size is 0']), (['--lr', '0'], ['lr is 0']), (['--epoch', '3'], ['--epoch']), (['--datasets', 'folder:none'], ['none']), (['extra'], ['extra'])], ids=lambda o: ' '.join(o) if o and o[0][:1] == '-' else '')
 def test_study_refuses_before_anything(tmp_path, args, words):
     refused(qisal('study', '--out', tmp_path/'study', *args), *words)
     assert not list(tmp_path.rglob('runs/*')) and not list(tmp_path.rglob('manifest.json'))
@@ -69,7 +69,7 @@ def test_run_refuses(tmp_path, template):  # noqa: F811
     out = tmp_path/'out'
     refused(qisal('run', '--out', out), '--spec')
     refused(qisal('run', '--spec', tmp_path/'none.json', '--out', out), 'none.json')
-    for text, word in (('{', 'no valid JSON'), ('[]', 'JSON object'), ('{"bitz": "4"}', "'bitz' is unknown"), ('{"bits": "7"}', "bits '7'"), ('{"bits": 4}', 'bits')):
+    for text, word in (('{', 'no valid JSON'), ('[]', 'JSON object'), ('{"bitz": "4"}', "'bitz' is unknown"), ('{"bits": "7"}', "bits '7'"), ('{"bits": 4.5}', "bits '4.5'"), ('{"size": 64}', 'size is for folder:PATH only')):
         (tmp_path/'s.json').write_text(text)
         refused(qisal('run', '--spec', tmp_path/'s.json', '--out', out, '--template', template), word)
     assert not out.exists()
@@ -82,6 +82,24 @@ def test_run_is_done_once(tmp_path, template):  # noqa: F811
     before = (folder(tmp_path/'out')/'run.ipynb').stat().st_mtime_ns
     again = qisal(*cmd)
     assert again.returncode == 0 and again.stdout == first.stdout and (folder(tmp_path/'out')/'run.ipynb').stat().st_mtime_ns == before
+
+def test_run_takes_other_values_than_its_spec(tmp_path, template):  # noqa: F811
+    from dataclasses import replace
+    r = qisal('run', '--spec', spec_file(tmp_path), '--out', tmp_path/'out', '--template', template, '--batch-size', '32', '--lr', '.01')
+    assert r.returncode == 0 and r.stdout.startswith(replace(SPEC, batch_size=32, lr=.01).run_id), r.stderr
+
+def test_study_of_a_tiny_folder_trains(tmp_path):
+    "Three images a class: the smallest folder that is taken, with guidance and its film strip, a batch of one."
+    from qisal.run import read_metrics
+    for c in 'ab':
+        (tmp_path/'photos'/c).mkdir(parents=True)
+        for i in range(3): Image.fromarray(np.random.RandomState(i).randint(0, 256, (50, 40, 3), np.uint8)).save(tmp_path/'photos'/c/f'{i}.png')
+    args = 'study --datasets folder:photos --bits 4.0 --guided on --epochs 1 --no-measure --jobs 1 --out o'.split()
+    for more, size in ((), 40), (('--size', 24, '--batch-size', 1, '--lr', .01), 24):
+        r = qisal(*args, *more, cwd=tmp_path)
+        assert r.returncode == 0, r.stdout + r.stderr
+    runs = [read_metrics(o)['spec'] for o in (tmp_path/'o'/'runs').iterdir()]
+    assert sorted((o['size'] or 0, o['batch_size'] or 0, o['lr'], o['bits']) for o in runs) == [(0, 0, .003, '4'), (24, 1, .01, '4')]
 
 def test_failed_run_has_exit_status_1(tmp_path, data):  # noqa: F811
     bad = make_template(tmp_path/'t.ipynb', '1/0', data=data)

@@ -1,5 +1,5 @@
 "The data street: oracles, altered and cut files, dead networks, folders of images, orders and splits."
-import gzip, hashlib, io, json, os, random, shutil, socket, subprocess, sys, tarfile, textwrap, urllib.error
+import copy, gzip, hashlib, io, json, os, pickle, random, shutil, socket, subprocess, sys, tarfile, textwrap, urllib.error, zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from PIL import Image
 import qisal.data as D
 from qisal.core import DATASETS, BadInput, RunSpec, asset
 from qisal.data import *  # noqa: F403
-from fastai.learner import Learner
+from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from fastai.callback.schedule import lr_find  # noqa: F401  patches Learner
 from torch import nn
@@ -317,7 +317,7 @@ def test_folder_keeps_proportions_and_camera_turn(tmp_path):
     img = np.zeros((20, 40), np.uint8); img[:, 20:] = 200  # left black, right bright
     exif = Image.Exif(); exif[0x0112] = 3  # upside down
     Image.fromarray(img).save(tmp_path/'f'/'cat'/'turned.png', exif=exif)
-    x = np.asarray(D._open_image(tmp_path/'f'/'cat'/'turned.png', 20))
+    x = np.asarray(D._open_image(tmp_path/'f'/'cat'/'turned.png', 20)[0])
     assert x.shape == (20, 20) and x[10, 2] > 150 and x[10, 17] < 50
 
 def test_folder_is_reproducible_and_its_dls_train(tmp_path):
@@ -325,9 +325,27 @@ def test_folder_is_reproducible_and_its_dls_train(tmp_path):
     one, two = folder_arrays(tmp_path/'f'), folder_arrays(tmp_path/'f')
     assert one.checksums == two.checksums and one.checksums != folder_arrays(tmp_path/'f', seed=1).checksums
     dls = get_dls(RunSpec(dataset=f"folder:{tmp_path/'f'}", batch_size=8), device='cpu')
-    assert (dls.vocab, dls.n_in, dls.size, dls.source, len(dls.test.dataset)) == (['a', 'b', 'c'], 3, 32, 'folder', 12)
+    assert (dls.vocab, dls.n_in, dls.size, dls.source, len(dls.test.dataset)) == (['a', 'b', 'c'], 3, 28, 'folder', 12)
     x = (dls.train.dataset.x.double()/255)
     assert np.allclose(dls.stats[0], x.mean((0, 2, 3))) and np.allclose(dls.stats[1], x.std((0, 2, 3), correction=0).clamp(1/255), atol=1e-9)
+
+def test_size_of_a_folder_is_chosen_from_its_images(tmp_path):
+    "The median shorter side, a multiple of 4 from 28 to 64; what is given counts."
+    for sides, want in (((16,), 28), ((30,), 28), ((45, 46, 300), 44), ((64,), 64), ((600, 1000), 64)):
+        root = tmp_path/str(sides)
+        for c in 'ab':
+            (root/c).mkdir(parents=True)
+            for i in range(3): Image.new('L', (side := sides[i % len(sides)], side + 70)).save(root/c/f'{i}.png')
+        assert folder_arrays(root).x_train.shape[1:3] == (want, want) and folder_arrays(root, size=20).x_train.shape[1:3] == (20, 20)
+    assert get_dls(RunSpec(dataset=f'folder:{root}', size=40), device='cpu').size == get_dls(f'folder:{root}', size=40, device='cpu').size == 40
+    old = {k: v for k, v in RunSpec(dataset=f'folder:{root}', batch_size=2).to_dict().items() if k != 'size'}
+    assert get_dls(RunSpec.from_dict(old), device='cpu').size == 32  # as it was before `size`
+
+def test_batch_of_a_folder_fits_its_images(tmp_path):
+    for n, left, want in ((3, 2, 2), (10, 14, 4), (60, 86, 16)):
+        dls = get_dls(f"folder:{make_folder(tmp_path/str(n), n=n)}", device='cpu')
+        assert len(dls.train.dataset) == left and dls.train.bs == want and len(dls.train) >= 1
+    with pytest.raises(BadInput, match='only 86 training images; make it 86 or less'): get_dls(f"folder:{tmp_path/'60'}", batch_size=87)
 
 def broken(tmp_path, how):
     root = make_folder(tmp_path/'f')
@@ -358,11 +376,103 @@ def test_folder_path_and_size_are_checked(tmp_path):
     for size in (0, 7, 2000, 9.5):
         with pytest.raises(BadInput, match='size is'): get_dls(f"folder:{tmp_path/'f'}", size=size)
 
+def all_images(a): return np.concatenate([a.x_train, a.x_test])
+
 def test_left_out_files_are_counted(tmp_path, capsys):
-    make_folder(tmp_path/'f')
-    (tmp_path/'f'/'cat'/'notes.txt').write_text('x'); (tmp_path/'f'/'cat'/'.hidden.png').write_text('x')
-    assert len(folder_arrays(tmp_path/'f').x_train) == 8
-    assert '1 file below' in capsys.readouterr().err
+    root = make_folder(tmp_path/'f')
+    for name in ('notes.txt', 'deep/a.heic', 'deep/b.heic', '.hidden.png', 'LICENCE'):
+        (root/'cat'/name).parent.mkdir(exist_ok=True)
+        (root/'cat'/name).write_text('x')
+    for name in ('cover.png', 'readme.md'): (root/name).write_text('x')
+    assert len(all_images(folder_arrays(root))) == 10
+    said = capsys.readouterr().err
+    assert '4 files below' in said and '(2 .heic, 1 .txt, 1 without an ending)' in said.replace('1 without an ending, 1 .txt', '1 .txt, 1 without an ending')
+    assert f"1 image in '{root}' left out: in no class folder" in said and said.count('\n') == 2
+
+def test_images_below_a_class_folder_are_read_as_imagefolder_does(tmp_path, capsys):
+    from torchvision.datasets import ImageFolder
+    for i in range(24):
+        d = tmp_path/'f'/'ab'[i % 2]/['', '2023', '2024/may'][i//2 % 3]
+        d.mkdir(parents=True, exist_ok=True)
+        Image.new('L', (32, 32), 10*i).save(d/f'{i}.png')
+    (tmp_path/'elsewhere').mkdir()
+    Image.new('L', (32, 32), 255).save(tmp_path/'elsewhere'/'24.png')
+    (tmp_path/'f'/'a'/'link').symlink_to(tmp_path/'elsewhere')
+    theirs = {Path(o): k for o, k in ImageFolder(tmp_path/'f').samples}
+    ours = {o: k for k, v in enumerate(D._list_folder(tmp_path/'f').values()) for o in v}
+    assert ours == theirs and len(ours) == 25
+    a = folder_arrays(tmp_path/'f')
+    assert sorted(all_images(a)[:, 0, 0, 0].tolist()) == [10*i for i in range(24)] + [255] and capsys.readouterr().err == ''
+    assert all((x[0, 0, 0]//10) % 2 == y for x, y in zip(a.x_train, a.y_train) if x[0, 0, 0] != 255)
+    (tmp_path/'f'/'a'/'2023'/'loop').symlink_to(tmp_path/'f'/'a')  # ends, and adds nothing
+    assert len(all_images(folder_arrays(tmp_path/'f'))) == 25
+
+def test_parts_of_a_dataset_are_no_classes(tmp_path):
+    make_folder(tmp_path/'f'/'train'); make_folder(tmp_path/'f'/'Test')
+    with pytest.raises(BadInput, match="Test, train, which are parts of a dataset and no classes"): folder_arrays(tmp_path/'f')
+    make_folder(tmp_path/'g', classes=('test', 'train'))  # images of tests and of trains
+    assert folder_arrays(tmp_path/'g').classes == ['test', 'train']
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    root, entries = make_folder(tmp_path/'f'), Path.iterdir
+    (root/'dog'/'old').mkdir()
+    def locked(self):
+        if self.name == 'old': raise PermissionError(13, 'Permission denied')
+        return entries(self)
+    monkeypatch.setattr(Path, 'iterdir', locked)
+    with pytest.raises(BadInput, match="dog/old' can't be read .Permission denied.; make it readable"): folder_arrays(root)
+
+def test_names_that_are_not_utf8_are_refused(tmp_path):
+    root = make_folder(tmp_path/'f')
+    try: os.mkdir(os.fsencode(root) + b'/f\xfcr')
+    except OSError: pytest.skip('this file system takes UTF-8 names only')
+    for i in range(3): shutil.copy(root/'dog'/'0.png', os.fsencode(root) + b'/f\xfcr/%d.png' % i)
+    with pytest.raises(BadInput, match=r"The class folder .*f\\udcfcr' is not UTF-8.*rename it") as e: folder_arrays(root)
+    str(e.value).encode()  # the sentence itself can be printed
+    with pytest.raises(BadInput, match='is not UTF-8'): get_dls('folder:' + os.fsdecode(os.fsencode(root) + b'/f\xfcr'))
+    os.rename(os.fsencode(root) + b'/f\xfcr', root/'für')
+    os.rename(root/'für'/'0.png', os.fsencode(root) + '/für/'.encode() + b'\xfc.png')  # a file's name is stored nowhere
+    assert folder_arrays(root).classes == ['cat', 'dog', 'für']
+
+@pytest.mark.parametrize('background,paper', [('white', 255), ('black', 0)])
+def test_drawings_on_a_transparent_background(tmp_path, capsys, background, paper):
+    "Ink in the colour that the other background has, on paper that has the ink's colour too: only transparency tells them apart."
+    ink = sample_arrays('mnist').x_train[:20, ..., 0]
+    for i, o in enumerate(ink):
+        (tmp_path/'f'/'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.dstack([np.full((28, 28, 3), 255 - paper, np.uint8), o])).save(tmp_path/'f'/'ab'[i % 2]/f'{i}.png')
+    got = {o[..., 0].tobytes() for o in all_images(folder_arrays(tmp_path/'f', size=28, background=background))}
+    said = capsys.readouterr().err
+    want = [np.round(paper + (255 - 2*paper)*(o/255.)).astype(np.uint8) for o in ink]
+    assert len(got) == 20 and all(min(np.abs(np.frombuffer(g, np.uint8).reshape(28, 28).astype(int) - w).max() for g in got) <= 1 for w in want)
+    other = 'black' if background == 'white' else 'white'
+    assert f"20 transparent images laid over {background}; background='{other}' (--background {other})" in said
+    spec = RunSpec(dataset=f"folder:{tmp_path/'f'}", size=28, background=background)
+    assert get_dls(spec, device='cpu').checksums == folder_arrays(tmp_path/'f', size=28, background=background).checksums
+    with pytest.raises(BadInput, match="background 'grey'"): folder_arrays(tmp_path/'f', background='grey')
+
+def test_other_kinds_of_files(tmp_path, capsys):
+    "Print colours, sixteen bits in colour, a camera's turn, several pictures: the values that a viewer shows."
+    root = make_folder(tmp_path/'f', n=3, size=(8, 8), mode='RGB')
+    def read(name): return np.asarray(D._open_image(root/'cat'/name, 8)[0])
+    Image.new('CMYK', (8, 8), (0, 255, 255, 0)).save(root/'cat'/'red.jpg', quality=100)
+    assert np.abs(read('red.jpg').astype(int) - [255, 0, 0]).max() < 8
+    Image.new('L', (8, 8), 100).save(root/'cat'/'moves.gif', save_all=True, append_images=[Image.new('L', (8, 8), 200)])
+    Image.new('RGB', (8, 8), (1, 2, 3)).save(root/'cat'/'pages.tif', save_all=True, append_images=[Image.new('RGB', (8, 8))])
+    assert np.abs(read('moves.gif').astype(int) - 100).max() <= 1 and read('pages.tif')[0, 0].tolist() == [1, 2, 3]
+    deep = np.full((8, 8, 3), 0x1234, '>u2')  # written by hand: Pillow writes no 16-bit RGB
+    raw = b''.join(b'\0' + row.tobytes() for row in deep)
+    chunk = lambda kind, d: len(d).to_bytes(4, 'big') + kind + d + zlib.crc32(kind + d).to_bytes(4, 'big')
+    png = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', bytes([0, 0, 0, 8, 0, 0, 0, 8, 16, 2, 0, 0, 0])) + chunk(b'IDAT', zlib.compress(raw)) + chunk(b'IEND', b'')
+    (root/'cat'/'deep.png').write_bytes(png)
+    assert np.abs(read('deep.png').astype(int) - round(0x1234/257)).max() <= 1
+    exif = Image.Exif(); exif[0x0112] = 3
+    drawing = np.zeros((8, 8, 4), np.uint8); drawing[4:, :, 3] = 255  # ink below, turned upside down by the camera's note
+    Image.fromarray(drawing).save(root/'cat'/'turned.png', exif=exif)
+    assert read('turned.png')[:, 0, 0].tolist() == [0]*4 + [255]*4
+    assert len(all_images(folder_arrays(root, size=8))) == 11
+    said = capsys.readouterr().err
+    assert '2 files with several pictures: the first of each is taken' in said and '1 transparent image laid over white' in said
 
 
 # ---------------------------------------------------------------- splits and subsets
@@ -547,6 +657,115 @@ def test_learner_lives_on_it(tmp_path, monkeypatch):
         learn.export(tmp_path/'learner.pkl')  # writing one is the user's choice; nothing here loads it
     assert learn.dls is d and len(d.train.dataset) == 512
     plt.close('all')
+
+def images_within(raw, dls):
+    "How many images of a `DataLoaders` lie byte for byte in `raw`. Empty rows of pixels would be found anywhere, so the middle half counts."
+    return sum(o[..., 7:21, :].numpy().tobytes() in raw for dl in dls for o in dl.dataset.x[:100])
+
+def test_no_image_travels_in_a_file(tmp_path):
+    "In an exported learner, a pickled one, pickled loaders: of 100 images of each part none; and the sizes do not depend on their number."
+    sizes = []
+    for n in (200, 1800):
+        d = get_dls('mnist', sample=True, n_train=n, batch_size=50, device='cpu')
+        learn = learner(d)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+        learn.export(tmp_path/'l.pkl')
+        raw = [(tmp_path/'l.pkl').read_bytes(), pickle.dumps(learn), pickle.dumps(d)]
+        assert images_within(d.train.dataset.x.numpy().tobytes(), [d.train]) == 100  # the search finds
+        assert [images_within(o, d) for o in raw] == [0, 0, 0]
+        sizes.append([len(o) for o in raw])
+    assert all(abs(a - b) < 1000 for a, b in zip(*sizes)) and sizes[0][2] < 50_000
+
+def test_what_comes_out_of_a_file_says_that_it_has_no_images(tmp_path):
+    d = fresh()
+    learn = learner(d)
+    learn.export(tmp_path/'l.pkl')
+    for other in (load_learner(tmp_path/'l.pkl').dls, pickle.loads(pickle.dumps(learn)).dls, pickle.loads(pickle.dumps(d))):
+        assert (other.vocab, other.stats, other.n_in, other.size, other.checksums, other.source, other.input_range) == (d.vocab, d.stats, 1, 28, d.checksums, 'sample', d.input_range)
+        for f in (lambda: list(other.train), lambda: list(other.test), other.valid.one_batch, other.show_batch):
+            with pytest.raises(BadInput, match='holds no images.*learn.dls = get_dls'): f()
+    assert len(d.train.dataset) == 512 and len(list(d.train)) == 4
+
+def test_copies_in_memory_keep_their_images():
+    d = fresh()
+    for c in (copy.copy(d), copy.deepcopy(d), copy.deepcopy(learner(d)).dls):
+        assert [torch.equal(a.dataset.x, b.dataset.x) and torch.equal(a.dataset.y, b.dataset.y) for a, b in zip(c, d)] == [True]*3
+        assert c.test.dataset is d.test.dataset or c.test.dataset.x.data_ptr() != d.test.dataset.x.data_ptr()
+    assert copy.copy(d.test.dataset).x is d.test.dataset.x
+
+def test_predict_and_tta(tmp_path):
+    "One item of each kind gives what the batch gives; an exported learner the same."
+    d = fresh()
+    learn = learner(d)
+    x = d.test.dataset.x[5]  # uint8 1 x 28 x 28
+    Image.fromarray(x[0].numpy()).save(tmp_path/'a.png')
+    Image.fromarray(x[0].numpy()).resize((84, 84), Image.Resampling.NEAREST).convert('RGB').save(tmp_path/'big.png')
+    items = [d.test.dataset[5][0], x, x[0], x.numpy()[0], x.numpy().transpose(1, 2, 0), tmp_path/'a.png', str(tmp_path/'a.png'), Image.open(tmp_path/'a.png')]
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-2)
+        preds, targs = learn.get_preds(dl=d.test)
+        for get in (lambda: learn.tta(), lambda: learn.tta(ds_idx=0, beta=None), lambda: learn.tta(dl=d.test, use_max=True)): get()
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(learn.tta(dl=d.test), (preds, targs)))
+        learn.export(tmp_path/'l.pkl')
+        again = load_learner(tmp_path/'l.pkl')
+        with again.no_bar():
+            for l in (learn, again):
+                for o in items:
+                    name, k, p = l.predict(o)
+                    assert name == d.vocab[k] and k == preds[5].argmax() and torch.allclose(p, preds[5], atol=1e-6)
+                assert l.predict(tmp_path/'big.png')[0] in d.vocab
+                image, *_ = l.predict(x, with_input=True)
+                assert np.array_equal(image[..., 0], x[0].numpy())
+
+def test_test_dl_of_new_images(tmp_path):
+    import matplotlib; matplotlib.use('agg')
+    from matplotlib import pyplot as plt
+    d = get_dls('fashion_mnist', sample=True, device='cpu')
+    x = d.test.dataset.x[:5]
+    dl = d.test_dl(list(x), bs=2)
+    assert [len(b) for b in dl] == [1, 1, 1] and torch.equal(torch.cat([b[0] for b in dl]), d.test.dataset[torch.arange(5)][0])
+    named = d.test_dl([(o, d.vocab[y]) for o, y in zip(x, d.test.dataset.y)], with_labels=True)
+    assert torch.equal(named.one_batch()[1], d.test.dataset.y[:5])
+    assert [o[1] for o in d.test.decode_batch(d.test.one_batch())] == [d.vocab[o] for o in d.test.dataset.y[:9]]
+    learn = learner(d)
+    with learn.no_bar(), learn.no_logging():
+        assert learn.get_preds(dl=dl)[0].shape == (5, 10) and learn.validate(dl=named)[1] <= 1
+        dl.show_batch(); learn.show_results(dl=dl)
+        assert [len(o.get_title().splitlines()) for o in plt.gcf().axes][:2] == [1, 1]
+    plt.close('all')
+    for bad, said in (([], 'no images'), ([x[0, 0, :9]], 'image 0 has the shape'), ([3], 'image 0 is of type int'), ([x[0], x[0].long()], 'image 1 is of type torch.int64'),
+                      ([tmp_path/'none.png'], 'none.png'), ([Image.new('I;16', (28, 28))], 'image 0 has more than 8 bits')):
+        with pytest.raises(BadInput, match=said): d.test_dl(bad)
+    with pytest.raises(BadInput, match="class 'Hat' is unknown"): d.test_dl([(x[0], 'Hat')], with_labels=True)
+    with pytest.raises(BadInput, match='not a list.*test_dl'): d.valid.new([x[0]])
+
+def test_new_images_are_read_as_the_folder_was(tmp_path):
+    "Transparent drawings over black, in colour."
+    make_folder(tmp_path/'f', n=5, size=(12, 12), mode='RGB')
+    Image.fromarray(np.dstack([np.full((12, 12, 3), 255, np.uint8), np.tri(12, dtype=np.uint8)*255])).save(tmp_path/'f'/'cat'/'drawn.png')
+    d = get_dls(f"folder:{tmp_path/'f'}", size=12, background='black', device='cpu')
+    got = d.test_dl([tmp_path/'f'/'cat'/'drawn.png', tmp_path/'f'/'dog'/'1.png']).one_batch()[0]
+    want = d.train.dataset.normalize(torch.from_numpy(np.stack([np.tri(12, dtype=np.uint8)*255]*3)))
+    assert torch.equal(got[0], want) and torch.equal(d.train.dataset.denormalize(got[1])[:, 0, 0], torch.tensor([41, 1, 255], dtype=torch.uint8))
+
+def test_transforms_that_would_be_passed_by_are_refused():
+    from fastai.vision.augment import Flip, aug_transforms
+    d = fresh()
+    learn = learner(d)
+    for f in (lambda: learn.tta(batch_tfms=aug_transforms()), lambda: learn.tta(batch_tfms=Flip()), lambda: learn.tta(item_tfms=Flip()), lambda: d.train.new(after_item=lambda o: o),
+              lambda: ResidentDL(d.train.dataset, create_batch=list)):
+        with pytest.raises(BadInput, match='ImageDataLoaders'): f()
+    xb, _ = d.test.new(after_batch=lambda b: (b[0] + 1, b[1])).one_batch()
+    assert torch.equal(xb, d.test.one_batch()[0] + 1)
+
+def test_images_that_are_not_square():
+    x = SEEDED.randint(0, 256, (6, 10, 14, 3)).astype(np.uint8)
+    ds = to_dataset(x, np.arange(6) % 2, ['a', 'b'], pixel_stats(x))
+    assert ds.size == (10, 14) and '3 x 10 x 14' in repr(ds) and torch.equal(ds.denormalize(ds[torch.arange(6)][0]), ds.x)
+    d = D.ResidentDLs(ResidentDL(ds, bs=2, shuffle=True), ResidentDL(ds, bs=6), ResidentDL(ds, bs=6), device='cpu')
+    Image.fromarray(x[0]).save(raw := io.BytesIO(), 'PNG')
+    for o in (x[0], Image.open(raw)): assert torch.equal(d.test_dl([o]).one_batch()[0], ds[torch.tensor([0])][0])
+    assert len(d.valid.decode_batch(d.valid.one_batch())) == 6 and d.valid.decode_batch(d.valid.one_batch())[0][0].shape == (10, 14, 3)
 
 def test_equal_seeds_train_equal_models():
     def train(look):

@@ -428,3 +428,27 @@ def test_intervals_over_seeds():
 
 def test_star_import_leaves_fastais_accuracy_alone():
     assert 'accuracy' not in M.__all__ and callable(M.accuracy)
+
+
+@pytest.mark.parametrize('fill', ['corner', 'road'])
+def test_right_or_wrong_per_image(fill):
+    "Row by row the mean is the accuracy, image by image it is what the network says alone, in the data's order."
+    net, (x, y) = small_net(), small_data(n=61)
+    df, right = masking_curves(net, (x, y), ('gradient', 'random'), fracs=(0, .3, .6), fills=(fill, 'mean'), orders=('morf', 'lerf'), batch_size=9, return_correct=True)
+    assert right.dtype == bool and right.shape == (len(df), 61) and right.mean(1).tolist() == df.accuracy.tolist()
+    plain = masking_curves(net, (x, y), ('gradient', 'random'), fracs=(0, .3, .6), fills=(fill, 'mean'), orders=('morf', 'lerf'))
+    pd.testing.assert_frame_equal(df, plain)
+    logits, _ = predict(net, (x, y))
+    assert (right[df.frac == 0] == (logits.argmax(1) == y).numpy()).all()
+    one = df[(df.attribution == 'gradient') & (df.fill == fill) & (df.order == 'lerf')]
+    curve, levels = masking_curve(net, (x, y), fracs=(0, .3, .6), fill=fill, order='lerf', return_correct=True)
+    assert (levels == right[one.index]).all() and levels.mean(1).tolist() == curve.accuracy.tolist()
+
+
+def test_a_shuffling_loader_is_measured_in_order():
+    net, (x, y) = small_net(), small_data(n=61)
+    shuffling = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=9, shuffle=True)
+    want, right = masking_curve(net, (x, y), 'random', fill='random', return_correct=True)
+    got, same = masking_curve(net, shuffling, 'random', fill='random', return_correct=True)
+    pd.testing.assert_frame_equal(got, want)
+    assert (same == right).all()
