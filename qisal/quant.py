@@ -37,6 +37,10 @@ def _quantize_flat(x, alpha, step, n):
     part = torch.where(x >= alpha, 2., torch.where(x >= 0, 1., 0.)).to(torch.uint8)
     return (x/step).round().clamp_min(0).minimum(n)*step, part
 
+def _shaped(flat, like):
+    "The numbers of `flat` in the shape and layout of `like`: a tensor of its own, since a later layer may not change a view in place."
+    return flat.new_empty(0).set_(flat.untyped_storage(), flat.storage_offset(), like.shape, like.stride())
+
 def _gradients_flat(grad, part):
     part = part.float()
     return torch.where(part == 1, grad, 0.), torch.where(part == 2, grad, 0.).sum()
@@ -54,9 +58,8 @@ class _PACTFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, alpha, bits):
         n, a, x32 = 2**bits - 1, alpha.float(), x.float()
-        if _fits(x32):
-            y, part = _compiled['quantize'](x32.view(-1), a, a/n, torch.tensor(float(n)))
-            y, part = y.view_as(x), part.view_as(x)
+        if torch.compiler.is_compiling(): y, part = _quantize_flat(x32, a, a/n, torch.tensor(float(n), device=x.device))  # the whole network is compiled
+        elif _fits(x32): y, part = (_shaped(o, x32) for o in _compiled['quantize'](x32.view(-1), a, a/n, torch.tensor(float(n))))
         else: y, part = _quantize(x32, a, a/n, n)
         ctx.save_for_backward(part)
         ctx.alpha_dtype = alpha.dtype
@@ -67,11 +70,16 @@ class _PACTFunction(torch.autograd.Function):
     def backward(ctx, grad):
         part, = ctx.saved_tensors
         g = grad.float()
-        if _fits(g, part):
+        if torch.compiler.is_compiling(): grad_x, grad_alpha = _gradients_flat(g, part)
+        elif _fits(g, part):
             grad_x, grad_alpha = _compiled['gradients'](g.view(-1), part.view(-1))
-            grad_x = grad_x.view_as(g)
+            grad_x = _shaped(grad_x, part)
         else: grad_x, grad_alpha = _gradients(g, part)
         return grad_x.to(grad.dtype), grad_alpha.to(ctx.alpha_dtype), None
+
+def _exported():
+    "Is somebody writing down what runs (`torch.export`, `torch.onnx.export`, `torch.jit.trace`)? They take no function with a gradient of its own, and need none."
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 def pact(
     x:torch.Tensor, # Activations, any shape, float
@@ -79,7 +87,7 @@ def pact(
     bits:int, # 2 to 8
 )->torch.Tensor: # `x` on the grid {0, alpha/n, ..., alpha}, n = 2**bits - 1; same shape and dtype
     "PACT activation quantizer (arXiv 1805.06085, equations 1 to 3) with its straight-through gradients for `x` and `alpha`."
-    if torch.is_grad_enabled(): return _PACTFunction.apply(x, alpha, bits)
+    if torch.is_grad_enabled() and not _exported(): return _PACTFunction.apply(x, alpha, bits)
     n, a = 2**bits - 1, alpha.float()
     return _on_grid(x.float(), a/n, n).to(x.dtype)
 
@@ -125,6 +133,7 @@ class PACT(nn.ReLU):
         _init_pact(self, bits, alpha, None)
 
     def forward(self, x):
+        if _exported(): return pact(x, self.alpha.detach().clamp(min=ALPHA_MIN), self.bits)
         self.bound()
         return pact(_plain(x), self.alpha, self.bits)
 
@@ -157,13 +166,15 @@ def n_levels(
     "How many levels a weight has: an odd number for 'sawb_zero', and at 8 bits, where the integers shall fit a signed byte."
     return 2**bits - (method == 'sawb_zero' or bits == 8)
 
+def _wide(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
 def to_codes(
     t:torch.Tensor, # Values, any shape
     clip:torch.Tensor, # Range [-clip, clip], above 0; shape () or broadcastable to `t`
     levels:int, # Number of levels, at least 2
-)->tuple[torch.Tensor,torch.Tensor]: # Integers `q` (float dtype, shape of `t`) and `scale` (shape of `clip`): `q*scale` is `t` on the grid
-    "The nearest level of each value, as an integer; ties go to the even index, values outside the range to its ends."
-    top = levels - 1
+)->tuple[torch.Tensor,torch.Tensor]: # Integers `q` (shape of `t`) and `scale` (shape of `clip`), float32 or float64: `q*scale` is `t` on the grid
+    "The nearest level of each value, as an integer; ties go to the even index, values outside the range to its ends. 16-bit types are widened first."
+    t, clip, top = _wide(t), _wide(clip), levels - 1
     index = (t + clip).mul_(top / (2*clip)).round_().clamp_(0, top)
     if levels % 2: return index.sub_(top//2), 2*clip/top
     return index.mul_(2).sub_(top), clip/top
@@ -179,43 +190,55 @@ class _ToGrid(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return grad, None, None
 
-_SAWB = {2: (3.12, -2.064), 3: (7.509, -6.892), 4: (12.68, -12.80), 5: (17.74, -18.64), 8: (31.76, -35.04)}
+_SAWB = {2: (3.12, -2.064), 3: (7.509, -6.892), 4: (12.68, -12.80), 5: (17.74, -18.64)}
 _SAWB_ZERO = {**_SAWB, 2: (2.6, -1.71), 4: (12.035, -12.03)}
+_FLOOR = torch.finfo(torch.float32).tiny * 2**20  # smallest range, whatever type the weights have: float32 still holds its steps
+
+def _rows(t, per_channel): return t.reshape(len(t) if per_channel else 1, -1)
+def _unrow(v, t, per_channel): return v.reshape(-1, *[1]*(t.dim() - 1)) if per_channel else v.reshape(())
+def _largest(t, per_channel): return _unrow(_rows(t.abs(), per_channel).amax(1), t, per_channel)
+
+def _moments(magnitudes, per_channel):
+    "Mean and root of the mean square, summed in float64 (float32 on Apple's GPUs, which lack it): in float32 the last digits would depend on the number of threads."
+    wide = torch.float32 if magnitudes.device.type == 'mps' else torch.float64
+    a = _rows(magnitudes, per_channel).to(wide)
+    square = (a[:, None] @ a[:, :, None]).flatten()/a.shape[1]
+    return _unrow(a.mean(1), magnitudes, per_channel), _unrow(square.sqrt(), magnitudes, per_channel)
 
 def sawb_clip(
     w:torch.Tensor, # Weights; dimension 0 is the output channel
     bits:int, # 2, 3, 4, 5 or 8
     zero:bool=False, # Coefficients for a grid with a zero level?
     per_channel:bool=False, # One clip an output channel instead of one for all?
-)->torch.Tensor: # Clip, above 0; shape () or (channels, 1, ...)
-    "Statistics-aware clip `c1*sqrt(E[w^2]) + c2*E|w|` (arXiv 1807.06964, section 3); the largest |w| where that falls below E|w|, as it does far from any bell shape."
-    c1, c2 = (_SAWB_ZERO if zero else _SAWB)[check_in('bits', bits, tuple(_SAWB))]
-    w = w.detach()
-    dims = tuple(range(1, w.dim())) if per_channel else tuple(range(w.dim()))
-    mean, rms = w.abs().mean(dims, keepdim=per_channel), w.square().mean(dims, keepdim=per_channel).sqrt()
+)->torch.Tensor: # Clip, above 0; shape () or (channels, 1, ...); float32, or float64 for such weights
+    "Statistics-aware clip `c1*sqrt(E[w^2]) + c2*E|w|` (arXiv 1807.06964, section 3); the largest |w| at 8 bits, and where the formula falls below E|w|, as it does far from any bell shape."
+    check_in('bits', bits, (*_SAWB, 8))
+    a = _wide(w.detach()).abs()
+    largest = _largest(a, per_channel)
+    if bits == 8: return largest.clamp_(min=_FLOOR)
+    c1, c2 = (_SAWB_ZERO if zero else _SAWB)[bits]
+    mean, rms = _moments(a, per_channel)
     clip = c1*rms + c2*mean
-    largest = w.abs().amax(dims, keepdim=per_channel)
-    return torch.where(clip < mean, largest, clip).clamp_(min=torch.finfo(w.dtype).tiny * 2**20)
+    return torch.where(clip < mean, largest, clip.to(a.dtype)).clamp_(min=_FLOOR)
 
 # %% ../nbs/03_quant.ipynb #2e4cdccc
 def dorefa_normalise(
     w:torch.Tensor, # Weights; dimension 0 is the output channel
     per_channel:bool=False, # One maximum an output channel instead of one for all?
-)->torch.Tensor: # `tanh(w)/max|tanh(w)|`, in [-1, 1]; zeros where all weights are zero
+)->torch.Tensor: # `tanh(w)/max|tanh(w)|`, in [-1, 1], dtype of `w`; zeros where all weights are zero
     "The inner part of DoReFa's weight quantizer (arXiv 1606.06160, equation 9), differentiable."
-    t = w.tanh()
-    dims = tuple(range(1, w.dim())) if per_channel else tuple(range(w.dim()))
-    return t / t.abs().amax(dims, keepdim=per_channel).clamp(min=torch.finfo(w.dtype).tiny)
+    t = _wide(w).tanh()
+    largest = _largest(t, per_channel)
+    return (t/torch.where(largest > 0, largest, 1.)).to(w.dtype)
 
 def _prepare(w, bits, method, per_channel, rescale):
-    "What is put on the grid, its range, and its number of levels."
+    "What is put on the grid, its range, and its number of levels; `w` float32 or float64."
     check_in('weight_quantizer', method, WEIGHT_QUANTIZERS)
     if method != 'dorefa': return w, sawb_clip(w, bits, method == 'sawb_zero', per_channel), n_levels(bits, method)
-    t, one = dorefa_normalise(w, per_channel), w.new_ones(())
-    if not rescale: return t, one, n_levels(bits, method)
-    dims = tuple(range(1, w.dim())) if per_channel else tuple(range(w.dim()))
-    largest = w.detach().abs().amax(dims, keepdim=per_channel).clamp_(min=torch.finfo(w.dtype).tiny * 2**20)
-    return t*largest, largest, n_levels(bits, method)
+    t = dorefa_normalise(w, per_channel)
+    if not rescale: return t, w.new_ones(()), n_levels(bits, method)
+    largest = _largest(w.detach(), per_channel)
+    return t*torch.where(largest > 0, largest, 1.), largest.clamp(min=_FLOOR), n_levels(bits, method)
 
 # %% ../nbs/03_quant.ipynb #381bf07f
 def quantize_weight(
@@ -226,7 +249,9 @@ def quantize_weight(
     rescale:bool=True, # DoReFa only: keep the layer's range instead of [-1, 1]?
 )->torch.Tensor: # `w` on its grid, same shape; gradients pass straight through the rounding
     "Fake-quantized weights: SAWB (arXiv 1807.06964), SAWB with a zero level, or DoReFa (arXiv 1606.06160)."
-    return _ToGrid.apply(*_prepare(w, bits, method, per_channel, rescale))
+    t, clip, levels = _prepare(_wide(w), bits, method, per_channel, rescale)
+    on_grid = torch.mul(*to_codes(t, clip, levels)) if _exported() else _ToGrid.apply(t, clip, levels)
+    return on_grid.to(w.dtype)
 
 @torch.no_grad()
 def weight_codes(
@@ -235,9 +260,9 @@ def weight_codes(
     method:str='sawb', # One of `WEIGHT_QUANTIZERS`
     per_channel:bool=False, # One scale an output channel instead of one for all?
     rescale:bool=True, # DoReFa only: keep the layer's range instead of [-1, 1]?
-)->tuple[torch.Tensor,torch.Tensor]: # Integers, int8, shape of `w`, and float scale: `codes*scale == quantize_weight(w, ...)`
+)->tuple[torch.Tensor,torch.Tensor]: # Integers, int8, shape of `w`, and scale, float32 (float64 for such weights): `codes*scale` is `quantize_weight(w, ...)`, there rounded to the type of `w`
     "The integers and the scale that `quantize_weight` multiplies: what a deployed model stores."
-    q, scale = to_codes(*_prepare(w, bits, method, per_channel, rescale))
+    q, scale = to_codes(*_prepare(_wide(w), bits, method, per_channel, rescale))
     return q.to(torch.int8), scale
 
 # %% ../nbs/03_quant.ipynb #81da5d8e
@@ -249,30 +274,59 @@ class InputQuant(nn.Module):
         bits:int=8, # 2 to 8
     ):
         super().__init__()
-        lo, hi = min(check_range('lo', lo), 0.), max(check_range('hi', hi), 0.)
-        if not lo < hi: raise BadInput(f"The inputs span [{lo}, {hi}]; a quantizer needs a range. Check the data and its normalisation.")
-        self.lo, self.hi, self.bits = lo, hi, check_range('bits', bits, 2, 8, kind=int)
+        self.bits = check_range('bits', bits, 2, 8, kind=int)
         self.n = 2**bits - 1
-        self.scale = (hi - lo)/self.n
-        self.zero_point = round(-lo/self.scale)
+        self.set_range(lo, hi)
 
     def codes(self, x):
         "Integers 0 to 2**bits - 1, in float dtype."
         return (x/self.scale).round_().add_(self.zero_point).clamp_(0, self.n)
 
-    def forward(self, x):
-        x = _plain(x)
-        with torch.no_grad(): q = self.codes(x.float()).sub_(self.zero_point).mul_(self.scale).to(x.dtype)
-        return _Replace.apply(x, q) if x.requires_grad else q
+    def on_grid(self, x):
+        "`x` on the grid, same shape and dtype; no gradient passes."
+        return self.codes(x.float()).sub_(self.zero_point).mul_(self.scale).to(x.dtype)
+
+    def forward(self, x): return self.on_grid(x) if _exported() else _Replace.apply(_plain(x), self)
 
     def extra_repr(self): return f'lo={self.lo:.4g}, hi={self.hi:.4g}, bits={self.bits}, zero_point={self.zero_point}'
 
 class _Replace(torch.autograd.Function):
-    "Gives `q` and hands the gradient to `x`."
+    "Gives an input on its grid and hands the gradient through."
     @staticmethod
-    def forward(ctx, x, q): return q.view_as(q)
+    def forward(ctx, x, grid): return grid.on_grid(x)
     @staticmethod
     def backward(ctx, grad): return grad, None
+
+# %% ../nbs/03_quant.ipynb #42a6edbd
+@patch
+def set_range(self:InputQuant,
+    lo:float, # Smallest value an input can take; 0 where it is above 0, since the grid holds 0
+    hi:float, # Largest value, above `lo`; 0 where it is below 0
+):
+    "Span the grid over [lo, hi]: sets `lo`, `hi`, `scale` and `zero_point`. Raises `BadInput` where that is no range."
+    lo, hi = min(check_range('lo', lo), 0.), max(check_range('hi', hi), 0.)
+    if not torch.finfo(torch.float32).tiny < (hi - lo)/self.n < torch.finfo(torch.float32).max:
+        raise BadInput(f"The inputs span [{lo}, {hi}]; a quantizer needs a range that float32 can divide. Check the data and its normalisation.")
+    self.lo, self.hi, self.scale = lo, hi, (hi - lo)/self.n
+    self.zero_point = round(-lo/self.scale)
+
+@patch
+def get_extra_state(self:InputQuant)->torch.Tensor: # int64, shape (2,): the bits of `lo` and `hi` in float64
+    "What `state_dict` holds of the grid."
+    return torch.tensor([self.lo, self.hi], dtype=torch.float64, device='cpu').view(torch.int64)
+
+@patch
+def set_extra_state(self:InputQuant,
+    state:torch.Tensor, # As `get_extra_state` gave it
+):
+    "What `load_state_dict` does with it."
+    if state.dtype != torch.int64 or state.shape != (2,): raise BadInput(f"The input grid in this checkpoint is a {tuple(state.shape)} tensor of {state.dtype}, not two numbers in int64; something converted it. Load the checkpoint as it was saved.")
+    self.set_range(*state.cpu().view(torch.float64).tolist())
+
+@patch
+def _load_from_state_dict(self:InputQuant, state_dict, prefix, *args):
+    state_dict.setdefault(prefix + '_extra_state', self.get_extra_state())  # a checkpoint without a grid: keep ours
+    nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
 # %% ../nbs/03_quant.ipynb #8164ccbb
 @dataclass(frozen=True)
@@ -555,11 +609,11 @@ def best_alpha(
     n_candidates:int=200, # Clipping levels tried, evenly spaced up to the largest value
 )->float: # The clipping level with the least squared error; `ALPHA_MIN` where no value is above 0
     "The alpha for which PACT changes the positive values of `x` least, on a histogram of 4,096 bins."
-    x, n = x[x > 0].float(), 2**bits - 1
+    x, n, wide = x[x > 0].float(), 2**bits - 1, torch.float32 if x.device.type == 'mps' else torch.float64
     if not len(x) or (top := x.max().item()) <= ALPHA_MIN: return ALPHA_MIN
-    centre = (torch.arange(4096, device=x.device) + .5)*(top/4096)
-    counts = torch.histc(x, 4096, 0, top)
-    alphas = torch.arange(1, n_candidates + 1, device=x.device)*(top/n_candidates)
+    centre = (torch.arange(4096, device=x.device) + .5).to(wide)*(top/4096)
+    counts = torch.histc(x, 4096, 0, top).to(wide)
+    alphas = torch.arange(1, n_candidates + 1, device=x.device).to(wide)*(top/n_candidates)
     step = alphas[:, None]/n
     error = ((centre/step).round().clamp(max=n)*step - centre).square()@counts
     return max(alphas[error.argmin()].item(), ALPHA_MIN)
