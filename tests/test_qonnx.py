@@ -250,3 +250,42 @@ def test_onnxruntime_says_what_to_open(tmp_path):
     with pytest.raises(BadInput, match='is a QONNX file, which stock onnxruntime .* open model.onnx'): onnx_session(p)
     p.write_bytes(p.read_bytes()[:1000])
     with pytest.raises(BadInput, match="can't open"): onnx_session(p)
+
+# --- the transformations of `qonnx` ---
+
+def padded():
+    "A first convolution that pads, and a second one behind it."
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(196, 10))
+    return calibrate(convert(m, bit_policy('4'), digits(8), input_range=RANGE), digits(64))
+
+def test_the_file_asks_for_the_oldest_format_and_states_every_shape(tmp_path):
+    "Format 7 is that of opset 13: onnxruntime 1.5 and later know it."
+    model = onnx.load(to_qonnx(padded(), tmp_path/'m.onnx', SHAPE))
+    assert model.ir_version == onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid('', 13)]) == 7
+    stated = {o.name: [d.dim_value for d in o.type.tensor_type.shape.dim] for o in (*model.graph.value_info, *model.graph.output)}
+    assert {o for n in model.graph.node for o in n.output} <= set(stated) and all(all(v) for v in stated.values())
+    assert stated['0.input_quant.width'] == [1, 1, 28, 28] and stated['3.weight.quant'] == [4, 4, 3, 3] and stated['logits'] == [1, 10]
+    pads = next(n for n in model.graph.node if n.op_type == 'Pad')
+    assert pads.input[0] == '0.input_quant.width' and stated[pads.output[0]] == [1, 1, 30, 30]
+    assert [list(a.ints) for n in model.graph.node if n.op_type == 'Conv' for a in n.attribute if a.name == 'pads'] == [[0]*4, [1]*4]
+
+TRANSFORMS = {'names': ['general.GiveUniqueNodeNames', 'general.GiveReadableTensorNames'], 'shapes': ['infer_shapes.InferShapes'], 'constants': ['fold_constants.FoldConstants'], 'datatypes': ['infer_datatypes.InferDataTypes'],
+    'tidy up': ['infer_shapes.InferShapes', 'fold_constants.FoldConstants', 'general.GiveUniqueNodeNames', 'general.GiveReadableTensorNames', 'infer_datatypes.InferDataTypes', 'general.RemoveStaticGraphInputs'],
+    'lower convolutions': ['lower_convs_to_matmul.LowerConvsToMatMul'], 'lower convolutions of known types': ['infer_datatypes.InferDataTypes', 'lower_convs_to_matmul.LowerConvsToMatMul'], 'bias': ['extract_conv_bias.ExtractBiasFromConv'],
+    'matrix products': ['gemm_to_matmul.GemmToMatMul'], 'batch norm': ['batchnorm_to_affine.BatchNormToAffine'], 'general': ['general.ConvertSubToAdd', 'general.ConvertDivToMul', 'general.SortGraph'], 'scales': ['extract_quant_scale_zeropt.ExtractQuantScaleZeroPt'],
+    'stock nodes': ['qonnx_to_qcdq.QuantToQCDQ', 'infer_shapes.InferShapes'], 'identities': ['remove.RemoveIdentityOps'], 'bipolar': ['bipolar_to_xnor.ConvertBipolarMatMulToXnorPopcount'], 'layouts': ['infer_data_layouts.InferDataLayouts']}
+
+@pytest.fixture(scope='module')
+def lowered(tmp_path_factory): return to_qonnx(padded(), tmp_path_factory.mktemp('padded')/'m.onnx', SHAPE)
+
+@pytest.mark.parametrize('name', TRANSFORMS)
+def test_transformations_keep_the_answer_of_a_padded_network(executor, lowered, name):
+    from importlib import import_module
+    from qonnx.core.modelwrapper import ModelWrapper
+    m, x = ModelWrapper(str(lowered)), digits(1)
+    for o in TRANSFORMS[name]:
+        module, cls = o.split('.')
+        m = m.transform(getattr(import_module(f'qonnx.transformation.{module}'), cls)())
+    got = executor.execute_onnx(m, {m.graph.input[0].name: x.numpy()})[m.graph.output[0].name]
+    with torch.no_grad(): assert np.abs(got - padded().eval()(x).numpy()).max() < 1e-5
