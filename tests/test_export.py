@@ -57,9 +57,28 @@ def bias_error(net):
         if isinstance(s, IntLayer) and s.grid: res[s.name] = float((s.weights.grid.scale*s.w_scale).max()/s.grid.scale/2)
     return res
 
-ALL = list(itertools.product(('small_cnn', 'lenet5', 'resnet20'), ('2', '4', '4/2', 'w2a4', 'w4a2', '8'), ('sawb', 'sawb_zero', 'dorefa'), (False, True)))
+def slow(*row): return pytest.param(*row, marks=pytest.mark.slow)
 
-@pytest.mark.parametrize('arch,bits,quantizer,per_channel', ALL, ids=['-'.join(map(str, o)).replace('/', '_') for o in ALL])
+def thinned(*values):
+    "All combinations; those are slow that every pair of values can do without: the first two that vary meet all values of each other, the rest go round with their sum."
+    lead = [i for i, v in enumerate(values) if len(v) > 1][:2]
+    def keeps(at): return all(at[i] == sum(at[j] for j in lead) % len(v) for i, v in enumerate(values) if i not in lead)
+    rows = [(at, tuple(v[i] for v, i in zip(values, at))) for at in itertools.product(*(range(len(v)) for v in values))]
+    return [row if keeps(at) else slow(*row) for at, row in rows]
+
+def names(rows): return ['-'.join(map(str, getattr(o, 'values', o))).replace('/', '_') for o in rows]
+
+ARCHS3, POLICIES, QUANTIZERS = ('small_cnn', 'lenet5', 'resnet20'), ('2', '4', '4/2', 'w2a4', 'w4a2', '8'), ('sawb', 'sawb_zero', 'dorefa')
+ALL = thinned(ARCHS3, POLICIES, QUANTIZERS, (False, True))
+
+def test_every_pair_of_values_is_among_the_quick_combinations():
+    for rows, n in ((ALL, 18), (thinned(('lenet5',), POLICIES, QUANTIZERS, (False, True), (8,)), 18), (thinned((2, 3, 4, 5, 8), QUANTIZERS, (False, True)), 15)):
+        quick, every = [o for o in rows if type(o) is tuple], [getattr(o, 'values', o) for o in rows]
+        assert len(quick) == n and len(set(every)) == len(every)
+        for i, j in itertools.combinations(range(len(quick[0])), 2): assert {(o[i], o[j]) for o in quick} == {(o[i], o[j]) for o in every}
+    assert len(ALL) == 108
+
+@pytest.mark.parametrize('arch,bits,quantizer,per_channel', ALL, ids=names(ALL))
 def test_torch_integers_and_onnx_agree(tmp_path, arch, bits, quantizer, per_channel):
     m = network(arch, bits, weight_quantizer=quantizer, per_channel=per_channel)
     x = digits(200 if arch == 'lenet5' else 32)
@@ -80,7 +99,7 @@ def test_torch_integers_and_onnx_agree(tmp_path, arch, bits, quantizer, per_chan
     assert ops.get('QLinearConv', 0) + ops.get('QGemm', 0) + ops.get('ConvInteger', 0) + ops.get('MatMulInteger', 0) == layers
     assert ('ConvInteger' in ops) == (arch == 'resnet20')
 
-@pytest.mark.parametrize('arch,bits', [('small_cnn', '4'), ('small_cnn', '2'), ('lenet5', '4/2'), ('resnet20', '2'), ('resnet18', '4')])
+@pytest.mark.parametrize('arch,bits', [('small_cnn', '4'), ('small_cnn', '2'), ('lenet5', '4/2'), ('resnet20', '2'), slow('resnet18', '4')])
 def test_every_layer_of_the_onnx_graph(tmp_path, arch, bits):
     net, x = integer_network(network(arch, bits), (1, 28, 28)), digits(3)
     m = onnx.load(to_onnx(net, tmp_path/'m.onnx'))
@@ -140,7 +159,7 @@ def adversarial(bits):
         o.weight.data = torch.from_numpy(codes*scale[0])
     return m
 
-@pytest.mark.parametrize('bits', ['2', '4', '8', 'w2a4', 'w4a2'])
+@pytest.mark.parametrize('bits', ['2', '4', '8', slow('w2a4'), slow('w4a2')])
 def test_no_pair_of_products_saturates(tmp_path, bits):
     for m in (network('small_cnn', bits), adversarial(bits)):
         net = integer_network(m, (1, 28, 28))
@@ -182,7 +201,7 @@ def test_accumulators_beyond_float32():
     x = np.full((1, 9000), 255, np.uint8); x[0, 0] = 254
     assert w.accumulate(x)[0, 0] == 127*(255*9000 - 1)
 
-@pytest.mark.parametrize('arch', ['resnet20', 'resnet18'])
+@pytest.mark.parametrize('arch', ['resnet20', slow('resnet18')])
 def test_batchnorm_folds(arch):
     m, x = network(arch, '4'), digits(8)
     for o in m.modules():
@@ -243,7 +262,7 @@ def all_inputs(s):
     acc = np.clip(np.concatenate([near, some], -1), -most[:, None, None], most[:, None, None]).astype(np.int32)[None]
     return [acc if t is w else codes[:, None] for t in s.terms]
 
-@pytest.mark.parametrize('bits,most', [('2', 'float32'), ('4', 'float32'), ('8', 'float64')])
+@pytest.mark.parametrize('bits,most', [('2', 'float32'), ('4', 'float32'), slow('8', 'float64')])
 def test_sums_round_like_float64(bits, most):
     "Whatever precision a sum took: on every input it gives the integers of float64."
     net = integer_network(network('resnet20', bits), (1, 28, 28))
@@ -340,7 +359,7 @@ def test_packing(bits):
         with pytest.raises(BadInput, match='bits hold 0 to'): pack_codes(bad, bits)
     with pytest.raises(BadInput, match="don't hold 17 codes"): unpack_codes(pack_codes(np.zeros(8, int), bits), bits, (17,))
 
-@pytest.mark.parametrize('bits,quantizer,per_channel', list(itertools.product((2, 3, 4, 5, 8), ('sawb', 'sawb_zero', 'dorefa'), (False, True))))
+@pytest.mark.parametrize('bits,quantizer,per_channel', thinned((2, 3, 4, 5, 8), QUANTIZERS, (False, True)))
 def test_codes_of_baked_weights(bits, quantizer, per_channel):
     for seed in range(3):
         torch.manual_seed(seed)
