@@ -79,7 +79,7 @@ def test_statistics_of_a_batch_cannot_be_folded():
 @pytest.mark.parametrize('bits,per_channel', [('4', False), ('2', True)])
 def test_a_folded_network_trains_and_ships(floats, images, tmp_path, bits, per_channel):
     before = fold_batchnorm(floats)
-    m = fit(copy.deepcopy(before), lr=1e-3, bits=bits, per_channel=per_channel)
+    m = fit(copy.deepcopy(before), lr=1e-3, n_train=512, bits=bits, per_channel=per_channel)
     assert len(quant_layers(m)) == 20 and len(pacts(m)) == 20 and not norms(m)
     nn.functional.cross_entropy(m(images[:32]), torch.arange(32) % 10).backward()
     for name, o in quant_layers(m).items():  # every weight and every bias that took over a norm was trained
