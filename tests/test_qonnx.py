@@ -288,3 +288,17 @@ def test_transformations_keep_the_answer_of_a_padded_network(executor, lowered, 
         m = m.transform(getattr(import_module(f'qonnx.transformation.{module}'), cls)())
     got = executor.execute_onnx(m, {m.graph.input[0].name: x.numpy()})[m.graph.output[0].name]
     with torch.no_grad(): assert np.abs(got - padded().eval()(x).numpy()).max() < 1e-5
+
+def test_padded_convolutions_become_matrix_products(executor, lowered):
+    "With the quantizers of weights computed beforehand, both of them; with and without inferred types."
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.transformation.fold_constants import FoldConstants
+    from qonnx.transformation.infer_datatypes import InferDataTypes
+    from qonnx.transformation.lower_convs_to_matmul import LowerConvsToMatMul
+    x = digits(1)
+    with torch.no_grad(): want = padded().eval()(x).numpy()
+    for before in ((), (InferDataTypes(),)):
+        m = ModelWrapper(str(lowered)).transform(FoldConstants(exclude_op_types=[]))
+        for o in (*before, LowerConvsToMatMul()): m = m.transform(o)
+        assert [n.op_type for n in m.graph.node if n.op_type in ('Conv', 'Im2Col')] == ['Im2Col']*2
+        assert np.abs(executor.execute_onnx(m, {m.graph.input[0].name: x.numpy()})[m.graph.output[0].name] - want).max() < 1e-5
