@@ -9,6 +9,7 @@ __all__ = ['add_alpha_group', 'PACTCallback', 'bare_model', 'find_input_range', 
 import copy, warnings, weakref
 from functools import partial
 from itertools import islice
+from unittest import mock
 import numpy as np, pandas as pd, torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -16,8 +17,7 @@ from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset
 from fastai.callback import hook
 from fastai.callback.core import Callback
 from fastai.data.transforms import IntToFloatTensor, Normalize
-from fastai.layers import children_and_parameters, has_children
-from fastai.learner import Learner
+from fastai.layers import ParameterModule, children_and_parameters, has_children
 from fastai.optimizer import Optimizer, OptimWrapper
 from fastai.torch_core import no_random
 from fastcore.basics import patch
@@ -114,8 +114,8 @@ def _drop_group(opt):
 class PACTCallback(Callback):
     "Quantization-aware training: PACT activations (arXiv 1805.06085) and SAWB (arXiv 1807.06964) or DoReFa weights. `learn.pact` after it is added."
     order, name = -5, 'pact'  # after TrainEvalCallback (-10) has moved the model to its device
-    _stateattrs = ('baked', '_of', '_measured')  # not pickled
-    baked, _of, _measured = None, None, (None, None)
+    _stateattrs = ('baked', '_measured')  # not pickled
+    baked, _measured = None, (None, None, None)
     def __init__(self,
         w_bits:int|tuple=4, # Weight bits: 2, 3, 4, 5, 8 or 32 (float); a pair: for the earlier and the later half of the layers
         a_bits:int|tuple=4, # Activation bits, likewise
@@ -150,12 +150,15 @@ class PACTCallback(Callback):
 # %% ../../nbs/04_callback.pact.ipynb #0d3c51aa
 @patch
 def after_create(self:PACTCallback):
+    _adapt(self.learn)
     if getattr(self.learn, 'dls', None) is not None and len(self.learn.dls.train): self._convert()
 
 @patch
 def before_fit(self:PACTCallback):
     net = bare_model(self.learn.model)
+    _adapt(self.learn)
     if not self._is_converted(net): self._convert()
+    for cb in self.learn.cbs.filter(lambda o: isinstance(o, hook.HookCallback)): _hook_whole_layers(cb, net)
     self.foreign = self.learn.opt is not None and not _trains(self.learn.opt, net)
     if self.learn.opt is not None and not self.foreign: self._add_group(self.learn.opt)
     if self.compiled is not None: compile_pact(self.compiled)
@@ -200,18 +203,24 @@ def _convert(self:PACTCallback):
     if _first_baked(net) is not None: return  # it answers as it is; `before_train` refuses to train it
     xb = _some_batches(learn.dls.train, 1)[0].to(next(net.parameters()).device)
     convert(net, self.policy, xb, input_range=self._range(), **self.kwargs)
-    net.pact_settings = (self.policy, self.kwargs)
+    net.pact_settings = self._settings(net)
     if learn.opt is not None and _trains(learn.opt, net): self._add_group(learn.opt)
 
 @patch
 def _is_converted(self:PACTCallback, net):
     "Did a callback with these settings convert the network, and has no layer been put in since?"
-    if not quant_layers(net) or any(type(m) in (nn.Conv2d, nn.Linear) for m in net.modules()): return False
-    return _first_baked(net) is not None or getattr(net, 'pact_settings', None) == (self.policy, self.kwargs)
+    if not quant_layers(net): return False
+    return _first_baked(net) is not None or getattr(net, 'pact_settings', None) == self._settings(net)
+
+@patch
+def _settings(self:PACTCallback, net):
+    "What a conversion depends on, and the layers that it left in float."
+    layers = [(n, m) for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return self.policy, self.kwargs, [n for n, m in layers if not isinstance(m, quant._QuantLayer)]
 
 @patch
 def _add_group(self:PACTCallback, opt):
-    alphas = [m.alpha for m in pacts(bare_model(self._learner().model)).values()]
+    alphas = [m.alpha for m in pacts(bare_model(self.learn.model)).values()]
     return add_alpha_group(opt, alphas, self.alpha_decay, self.alpha_lr) if alphas else opt
 
 @patch
@@ -221,36 +230,57 @@ def _pays_to_compile(self:PACTCallback):
     return steps >= 1000 and next(self.learn.model.parameters()).device.type == 'cpu' and has_compiler()
 
 # %% ../../nbs/04_callback.pact.ipynb #9a6f7e10
-@patch
-def _learner(self:PACTCallback):
-    "The learner that the callback belongs to, or, after `fit(cbs=)`, belonged to."
-    learn = self.learn if self.learn is not None else self._of and self._of()
-    if learn is None:
-        raise BadInput("PACTCallback belongs to no Learner: add it to one that has data, or call fit with it.")
-    return learn
+def _adapt(learn):
+    "What the learner does otherwise once its network is quantized: for this learner alone, and so that it pickles."
+    for f in (_create_opt, _remove_cb, _summary): setattr(learn, f.__name__[1:], partial(f, learn))
+
+def _create_opt(learn):
+    "fastai's `create_opt`, with a group for the alphas"
+    type(learn).create_opt(learn)
+    learn.pact._add_group(learn.opt)
+
+def _remove_cb(learn, cb):
+    "fastai's `remove_cb`; the network stays quantized, so `learn.pact` stays to be asked, and `cb` too."
+    type(learn).remove_cb(learn, cb)
+    if not isinstance(cb, PACTCallback): return
+    cb.learn = learn
+    learn.pact = copy.copy(cb)  # another learner may get `cb`
 
 @patch
 def _model(self:PACTCallback):
-    net = bare_model(self._learner().model)
+    if self.learn is None:
+        raise BadInput("PACTCallback belongs to no Learner: add it to one that has data, or call fit with it.")
+    net = bare_model(self.learn.model)
     if not quant_layers(net):
         raise BadInput("PACTCallback has converted no model yet: add it to a Learner that has data, or call fit once.")
     return net
 
-def _get_pact(learn):
-    "The `PACTCallback` of the learner; after `fit(cbs=)` the last one, since the network stays quantized."
-    if '_pact' not in vars(learn): raise AttributeError('pact')
-    learn._pact._of = weakref.ref(learn)
-    return learn._pact
-def _set_pact(learn, cb): vars(learn)['_pact'] = cb; cb._of = weakref.ref(learn)
-def _keep_pact(learn): pass  # what fastai's `remove_cb` would delete
-Learner.pact = property(_get_pact, _set_pact, _keep_pact)
+# %% ../../nbs/04_callback.pact.ipynb #a95c0e3d
+def _flatten_model(m):
+    "fastai's `flatten_model`, with quantized layers whole"
+    if isinstance(m, quant._QuantLayer) or not has_children(m): return [m]
+    return sum(map(_flatten_model, children_and_parameters(m)), [])
 
-_create_opt = Learner.create_opt
-@patch
-def create_opt(self:Learner):
-    "Create an optimizer with default hyper-parameters; for a learner with `PACTCallback`, with a group for its alphas"
-    _create_opt(self)
-    if '_pact' in vars(self): self.pact._add_group(self.opt)
+_layer_info = hook.layer_info
+
+def _layer_info_with_alphas(learn, *xb):
+    "fastai's `layer_info`, where a row is None for what didn't run, with the alphas counted"
+    rows = zip(_flatten_model(learn.model), _layer_info(learn, *xb))
+    def counted(m, row): return (row[0], *hook.total_params(m), *row[3:])
+    return L(row if row is None or not isinstance(m, PACT) else counted(m, row) for m, row in rows)
+
+def _summary(learn):
+    "fastai's `summary`, which counts every parameter"
+    with mock.patch.multiple(hook, flatten_model=_flatten_model, layer_info=_layer_info_with_alphas):
+        return type(learn).summary(learn)
+
+def _hook_whole_layers(cb, net):
+    "Let a fastai `HookCallback` that was given no modules hook the layers, instead of their loose weights."
+    chosen = cb.modules is not None  # its `before_fit` came first
+    if chosen and not any(isinstance(m, ParameterModule) for m in cb.modules): return
+    vars(cb)['modules'] = [m for m in _flatten_model(net) if cb.include_paramless or hook.has_params(m)]
+    if chosen: cb._remove()
+    if chosen and cb.every is None: cb._register()
 
 # %% ../../nbs/04_callback.pact.ipynb #e7b0c3f2
 def _some_batches(
@@ -324,10 +354,11 @@ def _range(self:PACTCallback):
     if self.input_range is not None: return self.input_range
     dl = self.learn.dls.train
     dl = getattr(dl, '__dict__', {}).get('dl', dl)  # fastai's `DistributedDL` holds the loader that it splits
-    of, found = self._measured
-    if of is None or of() is not dl:
+    known = _known_range(dl)  # may change: a `Normalize` that is added
+    of, before, found = self._measured
+    if of is None or of() is not dl or known != before:
         found = find_input_range(dl)
-        if hasattr(type(dl), '__weakref__'): self._measured = weakref.ref(dl), found  # a list has none
+        if hasattr(type(dl), '__weakref__'): self._measured = weakref.ref(dl), known, found  # a list has none
     return found
 
 @patch
@@ -366,7 +397,8 @@ def _tell(self:PACTCallback, what):
     w.told, q = True, _input_grids(bare_model(self.learn.model))[0]
     warnings.warn(f"{share:.1%} of the input values of this {what} pass lie outside the input grid, "
                   f"[{q.lo:.3g}, {q.hi:.3g}], and are clipped to its ends. If other data have taken the place "
-                  "of those trained on, fit once more; else give the range: PACTCallback(input_range=(smallest, largest)).")
+                  "of those trained on, fit once more; else give the range: "
+                  "PACTCallback(input_range=(smallest, largest)).")
 
 # %% ../../nbs/04_callback.pact.ipynb #410e119a
 @torch.no_grad()
@@ -398,7 +430,7 @@ def alphas(self:PACTCallback,
     dl=None, # DataLoader to measure the clipped share on, whole; None: one batch from all over the validation images
 )->pd.DataFrame: # One row a PACT: `layer`, `bits`, `alpha`, `clipped` (share, 0 to 1), `touched` (was alpha ever at its lower bound?)
     "The learned clipping levels."
-    model, dls = self._model(), self._learner().dls
+    model, dls = self._model(), self.learn.dls
     device = next(model.parameters()).device
     if dl is None:
         valid = len(dls.loaders) > 1 and len(dls.valid)
@@ -419,19 +451,3 @@ def bake(self:PACTCallback)->nn.Module:
     "A copy of the model whose weights sit on their grid and are used as they are; its outputs are the same. Kept as `learn.pact.baked`, which `export_model(learn, ...)` writes."
     self.baked = quant.bake(self._model())
     return self.baked
-
-# %% ../../nbs/04_callback.pact.ipynb #a95c0e3d
-_layer_info = hook.layer_info
-
-def _flatten_model(m):
-    "fastai's `flatten_model`, with quantized layers whole"
-    if isinstance(m, quant._QuantLayer) or not has_children(m): return [m]
-    return sum(map(_flatten_model, children_and_parameters(m)), [])
-
-def _layer_info_with_alphas(learn, *xb):
-    "fastai's `layer_info`, where a row is None for what didn't run, with the alphas counted"
-    rows = zip(_flatten_model(learn.model), _layer_info(learn, *xb))
-    def counted(m, row): return (row[0], *hook.total_params(m), *row[3:])
-    return L(row if row is None or not isinstance(m, PACT) else counted(m, row) for m, row in rows)
-
-hook.flatten_model, hook.layer_info = _flatten_model, _layer_info_with_alphas
