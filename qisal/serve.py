@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .core import ATTRIBUTIONS, BadInput, check_in, check_range
-from .deploy import BACKGROUNDS, _side, load_model, onnx_session, read_config, read_files
+from .core import ATTRIBUTIONS, BACKGROUNDS, BadInput, check_in, check_range, lay_over
+from .deploy import _reason, _side, load_model, onnx_session, read_config, read_files
 
 # %% ../nbs/10_serve.ipynb #e81b6af7
 _MODES = {1: 'L', 3: 'RGB'}  # of PIL, by number of channels
@@ -41,16 +41,14 @@ def _picture(image, name:str=''):
 class _Ground:
     "What transparent images are laid over, and how many were. None: white, and say so."
     def __init__(self, background):
-        self.colour = check_in('background', 'white' if background is None else background, BACKGROUNDS)
+        self.colour = check_in('background', 'white' if background is None else background, tuple(BACKGROUNDS))
         self.said, self.n = background is not None, 0
 
     def under(self, img):
         "The image without transparency, grey if it was."
-        from PIL import Image
-        if not img.has_transparency_data: return img
-        layer, mode = img.convert('RGBA'), 'L' if img.mode in ('L', 'LA', 'La') else 'RGB'
-        self.n += layer.getchannel('A').getextrema()[0] < 255
-        return Image.alpha_composite(Image.new('RGBA', img.size, self.colour), layer).convert(mode)
+        img, transparent = lay_over(img, self.colour)
+        self.n += transparent
+        return img
 
     def tell(self, of):
         "Warn if a colour was chosen that nobody named."
@@ -221,7 +219,19 @@ def _open_onnx(folder, threads):
     (i,), (o,) = session.get_inputs(), session.get_outputs()
     have, want = (i.shape[1:], o.shape[1:]), ([config['n_in'], *_side(config['size'])], [len(config['classes'])])
     if have != want: raise BadInput(f"model.onnx in '{folder}' takes images {have[0]} and gives {have[1]} logits, config.json says {want[0]} and {want[1]}; export the model again.")
-    return config, lambda x: session.run(None, {i.name: x})[0], None
+    def forward(x):
+        try: out = session.run(None, {i.name: x})[0]
+        except Exception as e:  # its errors share no class
+            if 'onnxruntime' not in type(e).__module__ and not isinstance(e, (UnicodeError, RuntimeError)): raise
+            raise BadInput(f"onnxruntime can't run model.onnx in '{folder}' ({_reason(e)}); export the model again.") from e
+        return _check_logits(out, (len(x), len(config['classes'])), f"model.onnx in '{folder}'")
+    return config, forward, None
+
+def _check_logits(out, shape, name)->np.ndarray:
+    "Refuse answers that are none."
+    if not isinstance(out, np.ndarray) or out.shape != shape: raise BadInput(f"{name} gives something else than {shape[1]} logits for each of {shape[0]} images; export the model again.")
+    if not np.isfinite(out).all(): raise BadInput(f"{name} answers with NaN or infinity; export the model again.")
+    return out
 
 @contextmanager
 def _torch_threads(n):
@@ -239,7 +249,8 @@ def _open_torch(folder, threads):
         raise BadInput(f"'{folder}' holds a {config['network']}, whose code only you have; choose the runtime onnxruntime (after export_model), or open it with load_model(folder, model={config['network']}(...)).")
     with torch.random.fork_rng(devices=[]): model, config = load_model(folder)  # a network is born with random weights
     def forward(x):
-        with _torch_threads(threads), torch.no_grad(): return model(torch.from_numpy(x)).float().numpy()
+        with _torch_threads(threads), torch.no_grad(): out = model(torch.from_numpy(x)).float().numpy()
+        return _check_logits(out, (len(x), len(config['classes'])), f"{config['weights']['file']} in '{folder}'")
     return config, forward, model
 
 # %% ../nbs/10_serve.ipynb #ebaa9c94
@@ -252,7 +263,7 @@ class Predictor:
         background:str|None=None, # What transparent images are laid over, 'white' or 'black'; None: as the folder says, else white with a warning
     ):
         check_in('runtime', runtime, RUNTIMES)
-        if background is not None: check_in('background', background, BACKGROUNDS)
+        if background is not None: check_in('background', background, tuple(BACKGROUNDS))
         self.folder, self.runtime, self.threads = Path(folder), runtime, check_range('threads', threads, 1, 1024, kind=int)
         self.config, self.forward, self.model = (_open_torch if runtime == 'torch' else _open_onnx)(self.folder, threads)
         self.classes, self.size, self.n_in, self.stats = tuple(self.config['classes']), *(self.config[o] for o in ('size', 'n_in', 'stats'))

@@ -209,3 +209,87 @@ def test_own_network(tmp_path):
     with pytest.raises(BadInput, match=r'holds a Own.*load_model\(folder, model=Own'): load_model(tmp_path/'m')
     assert same(m, load_model(tmp_path/'m', model=Own())[0])
     with pytest.raises(BadInput): load_model(tmp_path/'m', model=nn.Linear(2, 2))
+
+# --- configurations that nobody wrote ---
+
+def nested(n): return b'{"a":'*n + b'1' + b'}'*n
+
+@pytest.mark.parametrize('n', [990, 5000, 200_000])
+def test_deeply_nested_json(saved, tmp_path, n):
+    "More levels than Python's stack: in the text, and in an entry of an otherwise whole configuration."
+    shutil.copytree(saved, tmp_path/'m')
+    text = (tmp_path/'m'/'config.json').read_text()
+    for raw in (nested(n), text.replace('"extra": {}', f'"extra": {nested(n).decode()}').encode(), b'['*n):
+        (tmp_path/'m'/'config.json').write_bytes(raw)
+        with pytest.raises(BadInput, match='config.json') as e: load_model(tmp_path/'m')
+        assert '\n' not in str(e.value) and len(str(e.value)) < 600
+
+KINDS = {
+    'an unknown field': (lambda c: c.update(rotation=90), r"fields that this qisal doesn't know \(rotation\), so it could be read wrongly; update qisal"),
+    'classes a text': (lambda c: c.update(classes='0123456789'), 'holds something else than save_model writes .*classes'), 'classes of numbers': (lambda c: c.update(classes=[0]*10), "names '0' more than once"),
+    'files a list': (lambda c: c.update(files=[]), 'files'), 'a file without a hash': (lambda c: c['files'].update(x=3), r"files\['x'\]"), 'a size of text': (lambda c: c.update(size='28'), "size is '28'"),
+    'no channel': (lambda c: c.update(n_in=0), 'n_in is 0'), 'statistics for two': (lambda c: c.update(stats=[[.1]*2, [.1]*2]), 'one number for each of the 1 channels'), 'statistics of text': (lambda c: c.update(stats=[['a'], [1]]), 'stats|float'),
+    'a deviation of 0': (lambda c: c.update(stats=[[.1], [0.]]), 'deviation'), 'weights a list': (lambda c: c.update(weights=[]), 'weights'), 'quant a list': (lambda c: c.update(quant=[1]), 'quant'), 'extra a text': (lambda c: c.update(extra='a'), 'extra'),
+    'arch a number': (lambda c: c.update(arch=3), 'arch'), 'arguments a list': (lambda c: c.update(arch_args=[]), 'arch_args'), 'another background': (lambda c: c.update(background='green'), "background 'green' is unknown"),
+    'layers a list': (lambda c: c['quant'].update(layers=[]), "doesn't describe the network fully"), 'a layer of text': (lambda c: c['quant']['layers'].update({'0': 'a'}), "doesn't describe the network fully")}
+
+@pytest.mark.parametrize('name', KINDS)
+def test_entries_of_another_kind(saved, tmp_path, name):
+    change, message = KINDS[name]
+    shutil.copytree(saved, tmp_path/'m')
+    forge(change)(tmp_path/'m')
+    with pytest.raises(BadInput, match=message) as e: load_model(tmp_path/'m')
+    assert '\n' not in str(e.value)
+
+def test_tensors_that_are_no_numbers(saved, tmp_path):
+    from safetensors.torch import load_file, save
+    shutil.copytree(saved, tmp_path/'m')
+    tensors = load_file(saved/'model.safetensors')
+    tensors['3.bias'][2] = float('nan')
+    weights_instead(save(tensors))(tmp_path/'m')
+    with pytest.raises(BadInput, match=r'3 \(QConv2d\) of model.safetensors has NaN or infinity in its bias \(1 of 16 numbers\)'): load_model(tmp_path/'m')
+
+def altered(raw, rng):
+    "Some bytes changed, taken out or put in, in the first 400 or anywhere."
+    raw, top = bytearray(raw), min(len(raw), 400) if rng.random() < .5 else len(raw)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        at, how = rng.randrange(top), rng.random()
+        if how < .4: raw[at % len(raw)] ^= 1 << rng.randrange(8)
+        elif how < .7: raw[at % len(raw)] = rng.randrange(256)
+        elif how < .85: del raw[at:at + rng.choice([1, 3, 20])]
+        else: raw[at:at] = bytes(rng.randrange(256) for _ in range(rng.choice([1, 4])))
+    return bytes(raw)
+
+def test_bytes_altered_at_random(saved, tmp_path):
+    "Sealed again or not: one sentence, or a network (of the altered numbers, where the checksums were put right)."
+    import random
+    from test_serve import seal
+    said = []
+    for seed in range(100):
+        rng, d = random.Random(seed), tmp_path/'m'
+        shutil.rmtree(d, ignore_errors=True); shutil.copytree(saved, d)
+        name = rng.choice(['config.json', 'model.safetensors'])
+        (d/name).write_bytes(altered((d/name).read_bytes(), rng))
+        sealed = rng.random() < .75
+        if sealed:
+            try: seal(d)
+            except (ValueError, KeyError, TypeError, AttributeError, OSError): pass  # no configuration is left that could be sealed
+        try: got = load_model(d)[0]
+        except BadInput as e: said.append(str(e)); continue
+        with torch.no_grad(): assert sealed and got(torch.zeros(1, 1, 28, 28)).shape == (1, 10) or same(network('lenet5'), got)
+    assert 50 < len(said) < 100 and not any('\n' in o for o in said)
+
+def test_no_bytes_break_the_search_for_pickles():
+    import random
+    rng = random.Random(0)
+    heads = [b'', b'\x80\x04', b'\x1f\x8b\x08', b'PK\x03\x04', b'\x93NUMPY', b'(', b'cos\nsystem\n', pickle.dumps({'a': [1.5, 'b']}, 0), pickle.dumps({'a': [1.5, 'b']}, 4)]
+    for _ in range(3000): deploy._holds_pickle('notes', rng.choice(heads) + rng.randbytes(rng.randrange(60)))
+
+def test_several_processes_write_one_folder(tmp_path):
+    "The last one stays, whole; nothing is left beside it."
+    from concurrent.futures import ThreadPoolExecutor
+    config, n = {'size': 1}, 24
+    def write(i): return deploy._write_folder(tmp_path/'m', {**config, 'who': i}, {'a': b'%d' % i, 'b': b'%d' % i})
+    with ThreadPoolExecutor(8) as pool: list(pool.map(write, range(n)))
+    assert [o.name for o in tmp_path.iterdir()] == ['m']
+    assert json.loads((tmp_path/'m'/'config.json').read_text())['who'] == int((tmp_path/'m'/'a').read_bytes()) == int((tmp_path/'m'/'b').read_bytes())

@@ -57,9 +57,28 @@ def bias_error(net):
         if isinstance(s, IntLayer) and s.grid: res[s.name] = float((s.weights.grid.scale*s.w_scale).max()/s.grid.scale/2)
     return res
 
-ALL = list(itertools.product(('small_cnn', 'lenet5', 'resnet20'), ('2', '4', '4/2', 'w2a4', 'w4a2', '8'), ('sawb', 'sawb_zero', 'dorefa'), (False, True)))
+def slow(*row): return pytest.param(*row, marks=pytest.mark.slow)
 
-@pytest.mark.parametrize('arch,bits,quantizer,per_channel', ALL, ids=['-'.join(map(str, o)).replace('/', '_') for o in ALL])
+def thinned(*values):
+    "All combinations; those are slow that every pair of values can do without: the first two that vary meet all values of each other, the rest go round with their sum."
+    lead = [i for i, v in enumerate(values) if len(v) > 1][:2]
+    def keeps(at): return all(at[i] == sum(at[j] for j in lead) % len(v) for i, v in enumerate(values) if i not in lead)
+    rows = [(at, tuple(v[i] for v, i in zip(values, at))) for at in itertools.product(*(range(len(v)) for v in values))]
+    return [row if keeps(at) else slow(*row) for at, row in rows]
+
+def names(rows): return ['-'.join(map(str, getattr(o, 'values', o))).replace('/', '_') for o in rows]
+
+ARCHS3, POLICIES, QUANTIZERS = ('small_cnn', 'lenet5', 'resnet20'), ('2', '4', '4/2', 'w2a4', 'w4a2', '8'), ('sawb', 'sawb_zero', 'dorefa')
+ALL = thinned(ARCHS3, POLICIES, QUANTIZERS, (False, True))
+
+def test_every_pair_of_values_is_among_the_quick_combinations():
+    for rows, n in ((ALL, 18), (thinned(('lenet5',), POLICIES, QUANTIZERS, (False, True), (8,)), 18), (thinned((2, 3, 4, 5, 8), QUANTIZERS, (False, True)), 15)):
+        quick, every = [o for o in rows if type(o) is tuple], [getattr(o, 'values', o) for o in rows]
+        assert len(quick) == n and len(set(every)) == len(every)
+        for i, j in itertools.combinations(range(len(quick[0])), 2): assert {(o[i], o[j]) for o in quick} == {(o[i], o[j]) for o in every}
+    assert len(ALL) == 108
+
+@pytest.mark.parametrize('arch,bits,quantizer,per_channel', ALL, ids=names(ALL))
 def test_torch_integers_and_onnx_agree(tmp_path, arch, bits, quantizer, per_channel):
     m = network(arch, bits, weight_quantizer=quantizer, per_channel=per_channel)
     x = digits(200 if arch == 'lenet5' else 32)
@@ -80,7 +99,7 @@ def test_torch_integers_and_onnx_agree(tmp_path, arch, bits, quantizer, per_chan
     assert ops.get('QLinearConv', 0) + ops.get('QGemm', 0) + ops.get('ConvInteger', 0) + ops.get('MatMulInteger', 0) == layers
     assert ('ConvInteger' in ops) == (arch == 'resnet20')
 
-@pytest.mark.parametrize('arch,bits', [('small_cnn', '4'), ('small_cnn', '2'), ('lenet5', '4/2'), ('resnet20', '2'), ('resnet18', '4')])
+@pytest.mark.parametrize('arch,bits', [('small_cnn', '4'), ('small_cnn', '2'), ('lenet5', '4/2'), ('resnet20', '2'), slow('resnet18', '4')])
 def test_every_layer_of_the_onnx_graph(tmp_path, arch, bits):
     net, x = integer_network(network(arch, bits), (1, 28, 28)), digits(3)
     m = onnx.load(to_onnx(net, tmp_path/'m.onnx'))
@@ -140,7 +159,7 @@ def adversarial(bits):
         o.weight.data = torch.from_numpy(codes*scale[0])
     return m
 
-@pytest.mark.parametrize('bits', ['2', '4', '8', 'w2a4', 'w4a2'])
+@pytest.mark.parametrize('bits', ['2', '4', '8', slow('w2a4'), slow('w4a2')])
 def test_no_pair_of_products_saturates(tmp_path, bits):
     for m in (network('small_cnn', bits), adversarial(bits)):
         net = integer_network(m, (1, 28, 28))
@@ -182,7 +201,7 @@ def test_accumulators_beyond_float32():
     x = np.full((1, 9000), 255, np.uint8); x[0, 0] = 254
     assert w.accumulate(x)[0, 0] == 127*(255*9000 - 1)
 
-@pytest.mark.parametrize('arch', ['resnet20', 'resnet18'])
+@pytest.mark.parametrize('arch', ['resnet20', slow('resnet18')])
 def test_batchnorm_folds(arch):
     m, x = network(arch, '4'), digits(8)
     for o in m.modules():
@@ -243,7 +262,7 @@ def all_inputs(s):
     acc = np.clip(np.concatenate([near, some], -1), -most[:, None, None], most[:, None, None]).astype(np.int32)[None]
     return [acc if t is w else codes[:, None] for t in s.terms]
 
-@pytest.mark.parametrize('bits,most', [('2', 'float32'), ('4', 'float32'), ('8', 'float64')])
+@pytest.mark.parametrize('bits,most', [('2', 'float32'), ('4', 'float32'), slow('8', 'float64')])
 def test_sums_round_like_float64(bits, most):
     "Whatever precision a sum took: on every input it gives the integers of float64."
     net = integer_network(network('resnet20', bits), (1, 28, 28))
@@ -340,7 +359,7 @@ def test_packing(bits):
         with pytest.raises(BadInput, match='bits hold 0 to'): pack_codes(bad, bits)
     with pytest.raises(BadInput, match="don't hold 17 codes"): unpack_codes(pack_codes(np.zeros(8, int), bits), bits, (17,))
 
-@pytest.mark.parametrize('bits,quantizer,per_channel', list(itertools.product((2, 3, 4, 5, 8), ('sawb', 'sawb_zero', 'dorefa'), (False, True))))
+@pytest.mark.parametrize('bits,quantizer,per_channel', thinned((2, 3, 4, 5, 8), QUANTIZERS, (False, True)))
 def test_codes_of_baked_weights(bits, quantizer, per_channel):
     for seed in range(3):
         torch.manual_seed(seed)
@@ -547,3 +566,292 @@ def test_an_onnxruntime_too_old_for_the_file(tmp_path):
         with pytest.raises(BadInput, match="onnxruntime can't open the ONNX file"): deploy.onnx_session(bad)
     with pytest.raises(BadInput, match='none.onnx is not a file'): deploy.onnx_session(tmp_path/'none.onnx')
     with pytest.raises(BadInput, match='threads is 0'): deploy.onnx_session(good, threads=0)
+
+# --- what is compared before a file is kept ---
+
+def small(*layers, bits='4', seed=0, xb=None, **kw):
+    "A sequential network, converted and calibrated."
+    torch.manual_seed(seed)
+    xb = digits(64) if xb is None else xb
+    return calibrate(convert(nn.Sequential(*layers), bit_policy(bits), xb[:8], input_range=RANGE, **kw), xb)
+
+def convs(bits='4', **kw):
+    return small(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10), bits=bits, **kw)
+
+def apart(m, x):
+    "How far the integers are from torch beyond what is allowed, the logits as a share of the largest."
+    m = bake(m)
+    net = integer_network(m, (tuple(x.shape[1:])))
+    allowed, found = deploy._own_rounding(net), deploy._apart(m, net, x)
+    over = {k: (d - deploy._per_channel(allowed.get(k, np.zeros(1)), d.ndim)).max() for k, d in found.items()}
+    return net, over.pop('logits')/np.abs(net(x)).max(), over
+
+@pytest.mark.parametrize('arch,bits,quantizer,per_channel', [('small_cnn', '2', 'sawb', False), ('lenet5', '8', 'sawb_zero', True), ('resnet20', '8', 'sawb', False), ('resnet20', 'w2a4', 'dorefa', True)])
+def test_every_layer_is_held_to_torch_and_is_far_from_the_bound(arch, bits, quantizer, per_channel):
+    net, logits, over = apart(network(arch, bits, weight_quantizer=quantizer, per_channel=per_channel), digits(4))
+    assert set(over) == {s.name for s in net.steps if isinstance(s, (deploy.IntQuantize, IntLayer, IntSum))} - {'logits'}  # none is left out
+    assert max(over.values()) < 1e-4 and logits < 1e-6  # the bounds are 2e-3 and 1e-5
+
+HOOKS = {'a pre-hook of a layer': lambda m: m[2].register_forward_pre_hook(lambda m, x: (1.2*x[0],)), 'a hook of a layer': lambda m: m[0].register_forward_hook(lambda m, x, out: out + .1),
+         'a hook of a PACT': lambda m: m[1].register_forward_hook(lambda m, x, out: 1.5*out), 'a hook of the logits': lambda m: m[6].register_forward_hook(lambda m, x, out: out.flip(1))}
+
+@pytest.mark.parametrize('name', HOOKS)
+def test_a_hook_that_changes_values_is_found(tmp_path, name):
+    m = bake(convs())
+    export_model(m, tmp_path/'good', **FACTS)
+    HOOKS[name](m)
+    with pytest.raises(BadInput, match=r'The integer network is not the one in torch: at \w+, [\d,]+ of [\d,]+ (integers|logits) for 8 images are off, by up to [\d.]+'): export_model(m, tmp_path/'m', **FACTS)
+    assert [o.name for o in tmp_path.iterdir()] == ['good']
+
+@pytest.mark.parametrize('what', ['a code', 'a bias', 'an order'])
+def test_wrong_integers_are_found(tmp_path, monkeypatch, what):
+    m, right = bake(convs()), integer_network
+    def wrong(*args):
+        net = right(*args)
+        s = next(o for o in net.steps if o.name == '4')
+        if what == 'a code': s.weights.codes[1, 1] += 4
+        elif what == 'a bias': s.bias[2] += round(1.1*s.grid.scale/(s.weights.grid.scale*s.w_scale[2]))
+        else: s.weights.codes[:] = s.weights.codes[::-1].copy()
+        return net
+    monkeypatch.setattr(deploy, 'integer_network', wrong)
+    with pytest.raises(BadInput, match='not the one in torch: at 4, '): export_model(m, tmp_path/'m', **FACTS)
+    assert not list(tmp_path.iterdir())
+
+def test_packed_codes_that_do_not_give_the_weights_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(deploy, '_index', lambda codes, levels: np.abs(codes).astype(np.int16))
+    with pytest.raises(BadInput, match='0.weight doesn.t come back from its packed codes'): export_model(bake(convs()), tmp_path/'m', to='packed', **FACTS)
+
+# --- channels and layers without weights ---
+
+@pytest.mark.parametrize('last', [False, True])
+def test_channels_without_weights_give_their_bias(tmp_path, last):
+    "Of a convolution: relu of the bias; of the last layer: the bias itself. Baked or not the file is the same, and exact."
+    m = convs(weight_quantizer='sawb_zero', per_channel=True)
+    with torch.no_grad():
+        if last: m[6].weight[:3], m[6].bias[:3] = 0, torch.tensor([.123, -4.5, 0])
+        else:
+            m[2].weight[:3], m[3].running_mean[:3] = 0, 0
+            m[2].bias[:3], m[3].weight[:3], m[3].bias[:3] = 0, 1, torch.tensor([.31, -1., 50.])*m[4].alpha
+        want = m(digits(30)).numpy()
+    files = []
+    for o in (m, bake(m)):
+        net = integer_network(o, (1, 28, 28))
+        if last: assert np.allclose(net(digits(30))[:, :3], [.123, -4.5, 0], rtol=1e-6)
+        else: assert (net.codes(digits(30))['4'][:, :3] == np.array([round(.31*255), 0, 255])[:, None, None]).all()
+        assert (net(digits(30)).argmax(1) == want.argmax(1)).all() and np.abs(net(digits(30)) - want).max() < 1e-2*want.std()
+        files.append(to_onnx(net, tmp_path/'m.onnx').read_bytes())
+        assert np.array_equal(run(tmp_path/'m.onnx', digits(30)), net(digits(30)))
+    assert files[0] == files[1] or last  # of the last layer the scales of all channels stand in the file
+    export_model(m, tmp_path/'m', **FACTS)
+
+def test_a_layer_without_weights(tmp_path):
+    m = convs(weight_quantizer='sawb_zero')
+    with torch.no_grad(): m[2].weight.zero_(); m[3].running_mean.zero_(); want = m(digits(20)).numpy()
+    net = integer_network(bake(m), (1, 28, 28))
+    assert np.abs(net(digits(20)) - want).max() < 1e-3*np.abs(want).max() and len(np.unique(net(digits(20)), axis=0)) == 1
+    export_model(m, tmp_path/'m', **FACTS)
+
+def test_a_zero_on_a_grid_that_has_none_is_refused(tmp_path):
+    m = bake(convs(weight_quantizer='sawb'))
+    with torch.no_grad(): m[2].weight[0, 0, 0, 0] = 0
+    with pytest.raises(BadInput, match=r'The weights of 2 \(QConv2d\) are on no grid of 4 bits'): export_model(m, tmp_path/'m', **FACTS)
+
+# --- numbers and facts that are none ---
+
+def put(path, value):
+    def change(m):
+        with torch.no_grad(): m.get_parameter(path).flatten()[0].fill_(value) if path in dict(m.named_parameters()) else m.get_buffer(path).flatten()[0].fill_(value)
+    return change
+
+NUMBERS = {o: (put(o[0], o[1]), f"{o[0].split('.')[0]} \\(\\w+\\) has {o[2]}") for o in [
+    ('2.weight', np.nan, 'NaN or infinity in its weight'), ('0.bias', np.inf, 'NaN or infinity in its bias'), ('3.running_mean', -np.inf, 'NaN or infinity in its running_mean'),
+    ('3.running_var', np.nan, r'NaN or infinity in its running_var \(1 of 4 numbers\)'), ('3.running_var', -1., 'a variance of -1 in its running_var'), ('3.weight', np.nan, 'NaN or infinity in its weight'),
+    ('1.alpha', np.nan, 'NaN or infinity in its alpha'), ('1.alpha', 0., 'the clipping level 0 in its alpha')]}
+
+@pytest.mark.parametrize('name', NUMBERS, ids=str)
+def test_numbers_that_are_none_are_refused_by_layer(tmp_path, name):
+    change, message = NUMBERS[name]
+    m = convs()
+    change(m)
+    for f in (lambda: export_model(m, tmp_path/'m', **FACTS), lambda: deploy.save_model(m, tmp_path/'m', **FACTS), lambda: integer_network(m, (1, 28, 28)), lambda: deploy.to_qonnx(m, tmp_path/'q.onnx', (1, 28, 28))):
+        with pytest.raises(BadInput, match=message) as e: f()
+        assert '\n' not in str(e.value)
+    assert not list(tmp_path.iterdir())
+
+def test_float_networks_with_numbers_that_are_none(tmp_path):
+    m = get_model('resnet20', 10, 1, 28)
+    m[1].running_var[3] = np.nan
+    for f in (lambda: float_onnx(m, tmp_path/'f.onnx', (1, 28, 28)), lambda: deploy.save_model(m, tmp_path/'m', **FACTS)):
+        with pytest.raises(BadInput, match=r'1 \(BatchNorm2d\) has NaN or infinity in its running_var'): f()
+    assert not list(tmp_path.iterdir())
+
+WRONG = {'two names for ten logits': (dict(classes=['no', 'yes']), r'gives \(10,\) for an image, and there are 2 classes'), 'one name': (dict(classes=['yes']), 'classes has 1 name'),
+         'a name twice': (dict(classes=['a']*2 + [str(i) for i in range(8)]), "names 'a' more than once"), 'a text': (dict(classes='0123456789'), 'classes is the text'),
+         'a deviation of 0': (dict(stats=([.1], [0.])), 'deviation in stats.* is 0.0'), 'below 0': (dict(stats=([.1], [-1.])), 'is -1.0; it must be a number above 0'), 'NaN': (dict(stats=([.1], [np.nan])), 'deviation in stats.* is nan'),
+         'an infinite mean': (dict(stats=([np.inf], [1.])), 'mean in stats is inf'), 'another number of channels': (dict(n_in=3, stats=([.1]*3, [.3]*3)), "can't take images of 3 x 28 x 28"),
+         'another size': (dict(size=20), "can't take images of 1 x 20 x 20"), 'half a pixel': (dict(size=28.5), 'size is 28.5'), 'three sides': (dict(size=(28, 28, 1)), r'size is \(28, 28, 1\)'), 'no channel': (dict(n_in=0), 'n_in is 0'),
+         'another background': (dict(background='green'), "background 'green' is unknown")}
+
+@pytest.mark.parametrize('name', WRONG)
+def test_facts_that_do_not_fit_are_refused(tmp_path, name):
+    kw, message = WRONG[name]
+    for f in (export_model, deploy.save_model):
+        with pytest.raises(BadInput, match=message) as e: f(convs(), tmp_path/'m', **{**FACTS, **kw})
+        assert '\n' not in str(e.value)
+    assert not list(tmp_path.iterdir())
+
+def test_a_network_of_one_logit_is_refused(tmp_path):
+    m = small(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(4*169, 1))
+    for classes in (['yes'], ['no', 'yes']):
+        with pytest.raises(BadInput, match='logit'): export_model(m, tmp_path/'m', **{**FACTS, 'classes': classes})
+    assert not list(tmp_path.iterdir())
+
+# --- other networks and images ---
+
+FIRST = {'flatten': (nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 10)), 'flatten and dropout': (nn.Flatten(), nn.Dropout(.1), nn.Linear(784, 10)),
+         'max pooling': (nn.MaxPool2d(3, 2, 1), nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10)), 'max pooling and flatten': (nn.MaxPool2d(4), nn.Flatten(), nn.Linear(49, 20), nn.ReLU(), nn.Linear(20, 10))}
+
+@pytest.mark.parametrize('name', FIRST)
+def test_what_moves_the_image_before_the_first_layer(tmp_path, name):
+    import copy
+    m, x = small(*copy.deepcopy(FIRST[name])), digits(30)
+    net = integer_network(m, (1, 28, 28))
+    with torch.no_grad(): assert np.corrcoef(net(x).ravel(), m(x).numpy().ravel())[0, 1] > .999
+    folder = export_model(m, tmp_path/'m', to=deploy.TARGETS, **FACTS)
+    assert np.array_equal(run(folder/'model.onnx', x), net(x))
+    fresh = nn.Sequential(*copy.deepcopy(FIRST[name]))
+    with torch.no_grad(): assert torch.equal(load_model(folder, model=fresh)[0](x), bake(m)(x))
+
+def test_colour_images_are_flattened_in_their_order(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 6, 8)
+    m = calibrate(convert(nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 9), nn.ReLU(), nn.Linear(9, 4)), bit_policy('4'), x), x)
+    net = integer_network(m, (3, 6, 8))
+    with torch.no_grad(): assert np.corrcoef(net(x).ravel(), m(x).numpy().ravel())[0, 1] > .999
+    assert np.array_equal(run(to_onnx(net, tmp_path/'m.onnx'), x), net(x))
+
+def test_computing_with_the_image_is_refused(tmp_path):
+    m = small(nn.Identity(), nn.Flatten(), nn.Linear(1, 10), xb=digits(64)[..., :1, :1])
+    m[0] = nn.AdaptiveAvgPool2d(1)
+    with pytest.raises(BadInput, match=r'0 \(AdaptiveAvgPool2d\) computes with the image before a layer has quantized it'): integer_network(m, (1, 28, 28))
+
+def test_images_that_are_not_square(tmp_path):
+    x = digits(40)[:, :, 4:24]
+    m = small(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(4*5*7, 10), xb=x)
+    facts = {**FACTS, 'size': (20, 28)}
+    folder = export_model(m, tmp_path/'m', **facts)
+    c = json.loads((folder/'config.json').read_text())
+    assert c['size'] == [20, 28] and c['version'] == 2 and c['arch'] is None and '20 x 28 pixels' in (folder/'README.md').read_text()
+    assert np.array_equal(run(folder/'model.onnx', x), integer_network(m, (1, 20, 28))(x))
+    with pytest.raises(BadInput, match="can't take images of 1 x 28 x 24"): export_model(m, tmp_path/'n', **{**FACTS, 'size': (28, 24)})
+    square = json.loads((export_model(bake(network('lenet5')), tmp_path/'s', **{**FACTS, 'size': (28, 28)})/'config.json').read_text())
+    assert square['size'] == 28 and square['version'] == 1 and square['arch'] == 'lenet5'  # what older versions read, too
+    saved = deploy.save_model(m, tmp_path/'saved', **facts)
+    assert deploy.read_config(saved)['size'] == [20, 28]
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_another_type_are_exported_in_float32(tmp_path, dtype):
+    m = convs('8').to(dtype)
+    folder = export_model(m, tmp_path/'m', **FACTS)
+    with torch.no_grad(): want = m.float()(digits(20)).numpy()
+    assert np.abs(run(folder/'model.onnx', digits(20)) - want).max() < .05*want.std()
+
+def test_layers_that_share_weights(tmp_path):
+    "Each has its own codes in the file; batch norms fold into one without changing the other; loaded into a network that shares them, too."
+    def net(tied):
+        torch.manual_seed(0)
+        m = nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4*81, 10))
+        if tied: m[5].weight = m[2].weight
+        return m
+    m = calibrate(convert(net(False), bit_policy('4'), digits(8), input_range=RANGE), digits(64))
+    with torch.no_grad(): m[3].weight.copy_(torch.tensor([1., -2, .5, 3])); m[5].weight.copy_(m[2].weight)
+    m = bake(m)
+    m[5].weight = m[2].weight
+    folder, x = export_model(m, tmp_path/'m', **FACTS), digits(20)
+    assert np.array_equal(run(folder/'model.onnx', x), integer_network(m, (1, 28, 28))(x))
+    for tied in (False, True):
+        with torch.no_grad(): assert torch.equal(load_model(folder, model=net(tied))[0](x), m.eval()(x))
+    m[5].weight = nn.Parameter(-m[2].weight.detach())
+    folder = export_model(m, tmp_path/'other', **FACTS)
+    with pytest.raises(BadInput, match='shares .*weight with another layer, for which model.safetensors holds other numbers'): load_model(folder, model=net(True))
+
+def test_a_layer_that_is_used_twice_is_not_folded(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self, conv):
+            super().__init__()
+            self.conv, self.a, self.b, self.both = nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1), nn.BatchNorm2d(1), conv
+            self.other, self.flat, self.fc = nn.Conv2d(1, 1, 3, padding=1), nn.Flatten(), nn.Linear(784, 10)
+        def forward(self, x): return self.fc(self.flat(self.b(self.conv(self.a(self.conv(x)))) if self.both else self.a(self.other(self.a(self.conv(x))))))
+    for conv in (True, False):
+        with pytest.raises(BadInput, match=r'(a|b) \(BatchNorm2d\) or the convolution before it is used more than once'): float_onnx(Twice(conv), tmp_path/'f.onnx', (1, 28, 28))
+
+def test_every_node_has_a_name(tmp_path):
+    for path in (to_onnx(integer_network(network('resnet20', '3'), (1, 28, 28)), tmp_path/'i.onnx'), float_onnx(get_model('resnet20', 10, 1, 28), tmp_path/'f.onnx', (1, 28, 28)), deploy.to_qonnx(network('resnet20'), tmp_path/'q.onnx', (1, 28, 28))):
+        names = [o.name for o in onnx.load(path).graph.node]
+        assert all(names) and len(set(names)) == len(names), path.name
+
+# --- ordinary fastai loaders ---
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    "Forty digits as files, 20 pixels high and 28 wide, in a folder a class."
+    from PIL import Image
+    root, a = tmp_path_factory.mktemp('pictures'), sample_arrays('mnist')
+    for k in (3, 7):
+        (root/str(k)).mkdir()
+        for i, o in enumerate(a.x_train[a.y_train == k][:20, 4:24, :, 0]): Image.fromarray(o).save(root/str(k)/f'{i}.png')
+    return root
+
+def own_learner(root, tfms, cls=None, n_in=1):
+    from fastai.vision.all import ImageDataLoaders, Learner, PILImageBW
+    from qisal.callback.pact import PACTCallback
+    dls = ImageDataLoaders.from_folder(root, valid_pct=.2, seed=0, img_cls=cls or PILImageBW, batch_tfms=tfms, bs=8, num_workers=0)
+    return Learner(dls, nn.Sequential(nn.Conv2d(n_in, 4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(4*9*13, 2)), loss_func=nn.CrossEntropyLoss(), cbs=PACTCallback())
+
+def test_a_learner_with_ordinary_loaders_brings_its_facts(tmp_path, pictures):
+    from fastai.vision.all import Normalize, PILImage
+    from qisal.serve import predict
+    for tfms, cls, stats in ((Normalize.from_stats([.2], [.4]), None, ([.2], [.4])), (None, None, ([0.], [1.])), (Normalize.from_stats([.1, .2, .3], [.4, .5, .6]), PILImage, ([.1, .2, .3], [.4, .5, .6]))):
+        learn = own_learner(pictures, tfms, cls, len(stats[0]))
+        state = torch.get_rng_state()
+        folder = export_model(learn, tmp_path/'m')
+        assert torch.equal(torch.get_rng_state(), state)
+        c = deploy.read_config(folder)
+        assert (c['classes'], c['n_in'], c['size']) == (['3', '7'], len(stats[0]), [20, 28]) and np.allclose(c['stats'], stats)
+        files = sorted(pictures.rglob('*.png'))
+        xb = torch.cat([o[0].as_subclass(torch.Tensor) for o in learn.dls.test_dl(files, bs=40)])
+        with torch.no_grad(): want = learn.model.eval()(xb).numpy()
+        from PIL import Image
+        got = predict(folder, [Image.open(o).convert('RGB' if cls else 'L') for o in files]).logits
+        assert np.median(np.abs(got - want)) < 1e-4
+    for kw, message in ((dict(size=28), r'size is 28, but the learner.s data have \(20, 28\)'), (dict(n_in=1), "n_in is 1, but the learner's data have 3"), (dict(stats=([0.]*3, [1.]*3)), 'stats is .* but the learner')):
+        with pytest.raises(BadInput, match=message): export_model(learn, tmp_path/'n', **kw)
+    assert not (tmp_path/'n').exists()
+    export_model(learn, tmp_path/'n', size=(20, 28), n_in=3, stats=stats, classes=['three', 'seven'])  # names may be given
+
+def test_loaders_that_do_not_say_how_pixels_are_scaled(tmp_path, pictures):
+    from fastai.learner import Learner
+    from fastai.vision.all import DataLoaders, load_learner
+    from qisal.callback.pact import PACTCallback
+    ds = [(digits(40)[i], i % 10) for i in range(40)]
+    plain = [torch.utils.data.DataLoader(ds, 8, shuffle=i == 0) for i in range(2)]
+    learn = Learner(DataLoaders(*plain), get_model('lenet5'), loss_func=nn.CrossEntropyLoss())
+    learn.model = network('lenet5')
+    with pytest.raises(BadInput, match="export_model doesn't know classes, stats; give them"): export_model(learn, tmp_path/'m')
+    export_model(learn, tmp_path/'m', classes=FACTS['classes'], stats=FACTS['stats'])
+    own = own_learner(pictures, None)
+    own.dls = own.dls.new_empty()
+    with pytest.raises(BadInput, match="export_model doesn't know n_in, size, stats"): export_model(own, tmp_path/'n')
+    export_model(own, tmp_path/'n', n_in=1, size=(20, 28), stats=([0.], [1.]))
+    own.dls = DataLoaders(*[torch.utils.data.DataLoader([(torch.zeros(5), 0)]*8, 4)]*2)
+    with pytest.raises(BadInput, match='for classifiers of images, N x C x H x W'): export_model(own, tmp_path/'o')
+
+def test_the_background_of_transparent_images_is_kept(tmp_path):
+    assert deploy.read_config(export_model(convs(), tmp_path/'m', background='black', **FACTS))['background'] == 'black'
+    assert 'background' not in deploy.read_config(export_model(convs(), tmp_path/'n', **FACTS))
+
+def test_the_files_are_those_of_before(tmp_path):
+    "The bytes of a file depend on the network alone: not on the images that were compared, nor on who baked."
+    m = convs('4/2')
+    a, b = export_model(m, tmp_path/'a', **FACTS), export_model(bake(m), tmp_path/'b', **FACTS)
+    for o in ('model.onnx', 'model.safetensors', 'README.md'): assert (a/o).read_bytes() == (b/o).read_bytes()

@@ -1,5 +1,5 @@
 "The QONNX file: what it holds, what the executor of `qonnx` makes of it, and what its cost report says."
-import functools, itertools
+import functools
 import numpy as np
 import onnx
 import pytest, torch
@@ -11,7 +11,7 @@ from qisal.cost import count_cost
 from qisal.deploy import fold_batchnorm, layer_codes, onnx_session, to_qonnx
 from qisal.models import get_model
 from qisal.quant import InputQuant, PACT, bake, bit_policy, convert, pacts, quant_layers
-from test_export import RANGE, Unusual, calibrate, digits, network, pytestmark  # noqa: F401 (a mark)
+from test_export import POLICIES, QUANTIZERS, RANGE, Unusual, calibrate, digits, names, network, pytestmark, slow, thinned  # noqa: F401 (a mark)
 
 SHAPE, DOMAIN = (1, 28, 28), 'qonnx.custom_op.general'
 
@@ -77,12 +77,11 @@ def check(ex, path, m, x, cost=True):
     if cost: check_cost(m, inference_cost(str(path), discount_sparsity=False)['total_cost'])
     return check_agreement(m, seen, x)
 
-POLICIES, QUANTIZERS = ('2', '4', '4/2', 'w2a4', 'w4a2', '8'), ('sawb', 'sawb_zero', 'dorefa')
-ALL = [('lenet5', *o, 8) for o in itertools.product(POLICIES, QUANTIZERS, (False, True))]
-ALL += [('small_cnn', '4', 'sawb', False, 4), ('small_cnn', '2', 'dorefa', True, 4), ('small_cnn', '4/2', 'sawb_zero', False, 4), ('small_cnn', '8', 'sawb', True, 4)]
-ALL += [('resnet20', '4/2', 'sawb', False, 2), ('resnet20', '2', 'sawb', True, 2), ('resnet20', 'w4a2', 'sawb_zero', False, 2), ('resnet20', '8', 'dorefa', True, 2)]
+ALL = thinned(('lenet5',), POLICIES, QUANTIZERS, (False, True), (8,))
+ALL += [('small_cnn', '4', 'sawb', False, 4), slow('small_cnn', '2', 'dorefa', True, 4), slow('small_cnn', '4/2', 'sawb_zero', False, 4), ('small_cnn', '8', 'sawb', True, 4)]
+ALL += [slow('resnet20', '4/2', 'sawb', False, 2), ('resnet20', '2', 'sawb', True, 2), slow('resnet20', 'w4a2', 'sawb_zero', False, 2), slow('resnet20', '8', 'dorefa', True, 2)]
 
-@pytest.mark.parametrize('arch,bits,quantizer,per_channel,n', ALL, ids=['-'.join(map(str, o)).replace('/', '_') for o in ALL])
+@pytest.mark.parametrize('arch,bits,quantizer,per_channel,n', ALL, ids=names(ALL))
 def test_weights_logits_and_costs_agree(executor, tmp_path, arch, bits, quantizer, per_channel, n):
     m = network(arch, bits, weight_quantizer=quantizer, per_channel=per_channel)
     check(executor, tmp_path/'m.onnx', m, digits(n), cost=arch != 'resnet20' or bits == '4/2')  # counting a deep network takes the package long
@@ -117,7 +116,7 @@ def weights_by_hand(model):
         res[n.name] = (np.rint(np.clip(x/s + z, low, high)) - z)*s
     return res
 
-NODES = [('small_cnn', *o) for o in itertools.product(('2', '4', '8'), QUANTIZERS, (False, True))] + [('resnet20', '4/2', 'sawb', False), ('resnet18', 'w2a4', 'sawb', True)]
+NODES = [*thinned(('small_cnn',), ('2', '4', '8'), QUANTIZERS, (False, True)), ('resnet20', '4/2', 'sawb', False), slow('resnet18', 'w2a4', 'sawb', True)]
 
 @pytest.mark.parametrize('arch,bits,quantizer,per_channel', NODES)
 def test_the_nodes_say_what_the_layers_are(tmp_path, arch, bits, quantizer, per_channel):
@@ -250,3 +249,56 @@ def test_onnxruntime_says_what_to_open(tmp_path):
     with pytest.raises(BadInput, match='is a QONNX file, which stock onnxruntime .* open model.onnx'): onnx_session(p)
     p.write_bytes(p.read_bytes()[:1000])
     with pytest.raises(BadInput, match="can't open"): onnx_session(p)
+
+# --- the transformations of `qonnx` ---
+
+def padded():
+    "A first convolution that pads, and a second one behind it."
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(196, 10))
+    return calibrate(convert(m, bit_policy('4'), digits(8), input_range=RANGE), digits(64))
+
+def test_the_file_asks_for_the_oldest_format_and_states_every_shape(tmp_path):
+    "Format 7 is that of opset 13: onnxruntime 1.5 and later know it."
+    model = onnx.load(to_qonnx(padded(), tmp_path/'m.onnx', SHAPE))
+    assert model.ir_version == onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid('', 13)]) == 7
+    stated = {o.name: [d.dim_value for d in o.type.tensor_type.shape.dim] for o in (*model.graph.value_info, *model.graph.output)}
+    assert {o for n in model.graph.node for o in n.output} <= set(stated) and all(all(v) for v in stated.values())
+    assert stated['0.input_quant.width'] == [1, 1, 28, 28] and stated['3.weight.quant'] == [4, 4, 3, 3] and stated['logits'] == [1, 10]
+    pads = next(n for n in model.graph.node if n.op_type == 'Pad')
+    assert pads.input[0] == '0.input_quant.width' and stated[pads.output[0]] == [1, 1, 30, 30]
+    assert [list(a.ints) for n in model.graph.node if n.op_type == 'Conv' for a in n.attribute if a.name == 'pads'] == [[0]*4, [1]*4]
+
+TRANSFORMS = {'names': ['general.GiveUniqueNodeNames', 'general.GiveReadableTensorNames'], 'shapes': ['infer_shapes.InferShapes'], 'constants': ['fold_constants.FoldConstants'], 'datatypes': ['infer_datatypes.InferDataTypes'],
+    'tidy up': ['infer_shapes.InferShapes', 'fold_constants.FoldConstants', 'general.GiveUniqueNodeNames', 'general.GiveReadableTensorNames', 'infer_datatypes.InferDataTypes', 'general.RemoveStaticGraphInputs'],
+    'lower convolutions': ['lower_convs_to_matmul.LowerConvsToMatMul'], 'lower convolutions of known types': ['infer_datatypes.InferDataTypes', 'lower_convs_to_matmul.LowerConvsToMatMul'], 'bias': ['extract_conv_bias.ExtractBiasFromConv'],
+    'matrix products': ['gemm_to_matmul.GemmToMatMul'], 'batch norm': ['batchnorm_to_affine.BatchNormToAffine'], 'general': ['general.ConvertSubToAdd', 'general.ConvertDivToMul', 'general.SortGraph'], 'scales': ['extract_quant_scale_zeropt.ExtractQuantScaleZeroPt'],
+    'stock nodes': ['qonnx_to_qcdq.QuantToQCDQ', 'infer_shapes.InferShapes'], 'identities': ['remove.RemoveIdentityOps'], 'bipolar': ['bipolar_to_xnor.ConvertBipolarMatMulToXnorPopcount'], 'layouts': ['infer_data_layouts.InferDataLayouts']}
+
+@pytest.fixture(scope='module')
+def lowered(tmp_path_factory): return to_qonnx(padded(), tmp_path_factory.mktemp('padded')/'m.onnx', SHAPE)
+
+@pytest.mark.parametrize('name', TRANSFORMS)
+def test_transformations_keep_the_answer_of_a_padded_network(executor, lowered, name):
+    from importlib import import_module
+    from qonnx.core.modelwrapper import ModelWrapper
+    m, x = ModelWrapper(str(lowered)), digits(1)
+    for o in TRANSFORMS[name]:
+        module, cls = o.split('.')
+        m = m.transform(getattr(import_module(f'qonnx.transformation.{module}'), cls)())
+    got = executor.execute_onnx(m, {m.graph.input[0].name: x.numpy()})[m.graph.output[0].name]
+    with torch.no_grad(): assert np.abs(got - padded().eval()(x).numpy()).max() < 1e-5
+
+def test_padded_convolutions_become_matrix_products(executor, lowered):
+    "With the quantizers of weights computed beforehand, both of them; with and without inferred types."
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.transformation.fold_constants import FoldConstants
+    from qonnx.transformation.infer_datatypes import InferDataTypes
+    from qonnx.transformation.lower_convs_to_matmul import LowerConvsToMatMul
+    x = digits(1)
+    with torch.no_grad(): want = padded().eval()(x).numpy()
+    for before in ((), (InferDataTypes(),)):
+        m = ModelWrapper(str(lowered)).transform(FoldConstants(exclude_op_types=[]))
+        for o in (*before, LowerConvsToMatMul()): m = m.transform(o)
+        assert [n.op_type for n in m.graph.node if n.op_type in ('Conv', 'Im2Col')] == ['Im2Col']*2
+        assert np.abs(executor.execute_onnx(m, {m.graph.input[0].name: x.numpy()})[m.graph.output[0].name] - want).max() < 1e-5

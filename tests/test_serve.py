@@ -412,3 +412,120 @@ def test_explain_refuses(trained):
     for args, word in (((X[:2],), 'takes one image, not 2'), ((X[0], 'onnxruntime', 'gradient'), 'gradient needs a network in torch.*occlusion'), ((X[0], 'torch', 'lime'), "method 'lime' is unknown"),
                        ((X[0], 'torch', None, '10'), "target '10' is unknown"), ((X[0], 'torch', None, 10), 'target is 10'), ((X[0], 'torch', None, -1), 'target is -1')):
         with pytest.raises(BadInput, match=word): explain(trained[0], *args)
+
+# --- bytes altered at random ---
+
+def test_bytes_altered_at_random_end_in_one_sentence_or_an_answer(trained, tmp_path, capfd):
+    "Of each file, sealed again or not; onnxruntime prints nothing of its own."
+    import random
+    from test_deploy import altered
+    want, said, known = predict(trained[0], X[:4]).logits, [], (trained[0]/'model.onnx').read_bytes()
+    for seed in range(220):
+        rng, d = random.Random(seed), tmp_path/'m'
+        shutil.rmtree(d, ignore_errors=True); shutil.copytree(trained[0], d)
+        name = rng.choice(['model.onnx']*3 + sorted(o.name for o in d.iterdir()))
+        (d/name).write_bytes(altered((d/name).read_bytes(), rng))
+        sealed = rng.random() < .75
+        if sealed:
+            try: seal(d)
+            except (ValueError, KeyError, TypeError, AttributeError, OSError): pass
+        try: p = predict(d, X[:4])
+        except BadInput as e: said.append(str(e)); continue
+        assert np.isfinite(p.logits).all() and p.logits.shape == (4, 10)
+        if not sealed or (d/'model.onnx').read_bytes() == known and name != 'config.json': assert np.array_equal(p.logits, want)
+    assert 110 < len(said) < 220 and not any('\n' in o for o in said)
+    assert any("can't open model.onnx" in o for o in said) and any('was altered' in o for o in said)
+    assert ''.join(capfd.readouterr()) == ''
+
+def test_text_that_is_no_utf8_in_an_onnx_file(trained, tmp_path, capfd):
+    "A broken name of an operator: Python's error about it, and what onnxruntime prints, become one sentence."
+    d, bad = copy(trained[0], tmp_path), (trained[0]/'model.onnx').read_bytes().replace(b'QLinearConv', b'QLinear\xd8onv')
+    (d/'model.onnx').write_bytes(bad)
+    seal(d)
+    with pytest.raises(BadInput, match="onnxruntime can't open model.onnx in .*get the folder again") as e: predict(d, X)
+    assert '\n' not in str(e.value) and ''.join(capfd.readouterr()) == ''
+
+def test_a_file_that_fails_while_it_runs_or_answers_with_nan(trained, tmp_path, capfd):
+    m = onnx.load(trained[0]/'model.onnx')
+    consts = {o.name: o for o in m.graph.initializer}
+    gemm = next(o for o in m.graph.node if o.op_type == 'Gemm')
+    scale = next(o for o in m.graph.node if gemm.input[1] in o.output).input[1]
+    d = copy(trained[0], tmp_path)
+    for change, message in ((lambda: consts[scale].CopyFrom(onnx.numpy_helper.from_array(np.full(10, np.nan, np.float32), scale)), 'answers with NaN or infinity'),
+                            (lambda: next(o for o in m.graph.node if o.op_type == 'Flatten').attribute.append(onnx.helper.make_attribute('axis', 0)), "can't run model.onnx in .*MatMulInteger")):
+        change()
+        (d/'model.onnx').write_bytes(m.SerializeToString())
+        seal(d)
+        with pytest.raises(BadInput, match=message) as e: predict(d, X)
+        assert '\n' not in str(e.value)
+    assert ''.join(capfd.readouterr()) == ''
+
+# --- transparent drawings ---
+
+INK = X[0, ..., 0]
+
+def drawing(mode, ink=INK):
+    "Black strokes on nothing, in every mode that can be transparent."
+    rgba = Image.fromarray(np.dstack([0*ink, 0*ink, 0*ink, ink]), 'RGBA')
+    if mode in ('RGBA', 'LA', 'PA'): return rgba.convert(mode)
+    img = Image.fromarray(np.where(ink > 127, 0, 200).astype(np.uint8)).convert(mode)
+    img.info['transparency'] = (200, 200, 200) if mode == 'RGB' else img.getpixel((0, 0))
+    return img
+
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P', 'L', 'RGB'])
+def test_a_transparent_drawing_is_laid_over_a_background(tmp_path, mode):
+    import warnings
+    img, black = drawing(mode), INK > 127
+    img.save(tmp_path/'a.png')
+    for o in (img, tmp_path/'a.png'):
+        with pytest.warns(UserWarning, match=r"The image is transparent and was laid over white; say what it was in training: background='white' or 'black' \(qisal predict --background\)"): white = to_pixels(o, 28, 1, resize=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            assert np.array_equal(to_pixels(o, 28, 1, True, 'white'), white)
+            dark = to_pixels(o, 28, 1, True, 'black')
+            assert np.array_equal(np.asarray(read_image(o, 28, 1, 'white')), white[0, ..., 0])
+        if mode in ('RGBA', 'LA'): assert np.array_equal(white[0, ..., 0], 255 - INK) and not dark.any()
+        else: assert (white[0, ..., 0] == np.where(black, 0, 255)).all() and not dark.any()
+    with pytest.raises(BadInput, match="background 'green' is unknown; allowed: white, black"): to_pixels(img, 28, 1, True, 'green')
+
+def test_opaque_images_are_left_alone(tmp_path, recwarn):
+    full = Image.fromarray(np.dstack([INK, INK, INK, 0*INK + 255]), 'RGBA')
+    assert np.array_equal(to_pixels(full, 28, 1, True), X[:1]) and np.array_equal(to_pixels(X, 28, 1), X) and not len(recwarn)
+
+def test_the_number_of_transparent_images_is_told_once(trained, tmp_path):
+    files = []
+    for i in range(5):
+        files.append(tmp_path/f'{i}.png')
+        (drawing('RGBA', X[i, ..., 0]) if i < 3 else Image.fromarray(X[i, ..., 0])).save(files[-1])
+    with pytest.warns(UserWarning, match='3 of 5 images are transparent and were laid over white') as said: p = predict(trained[0], files, resize=True)
+    assert len(said) == 1
+    assert np.array_equal(p.logits, predict(trained[0], np.concatenate([255 - X[:3], X[3:5]])).logits)
+    with pytest.raises(BadInput, match='mode RGBA.*--resize'): predict(trained[0], files)  # another mode is still refused
+
+def test_the_folder_says_what_the_background_was(trained, tmp_path, recwarn):
+    from test_export import convs
+    d = export_model(convs(), tmp_path/'m', background='black', **FACTS)
+    ink = X[0, ..., 0]
+    img = Image.fromarray(np.dstack([ink*0 + 255]*3 + [ink]), 'RGBA')  # white strokes on nothing
+    assert np.array_equal(predict(d, img, resize=True).logits, predict(d, X[:1]).logits)
+    for e in (explain(d, img, 'onnxruntime', resize=True), Predictor(d).explain(img, resize=True)): assert np.array_equal(e.image, X[0])
+    assert not len(recwarn)
+    assert (Predictor(d, background='white').pixels(img, resize=True) == 255).all()
+    with pytest.raises(BadInput, match="background 'grey' is unknown"): Predictor(d, background='grey')
+
+# --- images that are not square ---
+
+def test_images_that_are_not_square(tmp_path):
+    from test_export import digits, small
+    x = X[:, 4:24]
+    m = small(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(4*5*7, 10), xb=digits(64)[:, :, 4:24])
+    d = export_model(m, tmp_path/'m', **{**FACTS, 'size': (20, 28)})
+    p = predict(d, x)
+    assert repr(Predictor(d)).split(': ')[1].startswith('20 x 28 x 1 -> ')
+    net = integer_network(m, (1, 20, 28))
+    assert np.array_equal(p.logits, net(torch.from_numpy(normalize_pixels(x, FACTS['stats']))))
+    Image.fromarray(x[0, ..., 0]).save(tmp_path/'a.png')
+    assert np.array_equal(predict(d, tmp_path/'a.png').logits, p.logits[:1]) and read_image(Image.new('L', (90, 30)), (20, 28), 1).size == (28, 20)
+    assert explain(d, x[0], 'onnxruntime').saliency.shape == (20, 28)
+    for bad, message in ((x.transpose(0, 2, 1, 3), r'\(40, 28, 20, 1\); the model takes 20 x 28 pixels'), (Image.new('L', (20, 28)), r'20 x 28 pixels \(width x height\), the model takes 20 x 28 pixels \(height x width\)'), (x[0].transpose(2, 0, 1)[None].repeat(2, 0), r'put the channels last')):
+        with pytest.raises(BadInput, match=message): predict(d, bad)
