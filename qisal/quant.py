@@ -389,6 +389,7 @@ class QLinear(_QuantLayer, nn.Linear):
 
 _QUANT = {nn.Conv2d: QConv2d, nn.Linear: QLinear, nn.ReLU: PACT}
 _FLOAT = {v: k for k, v in _QUANT.items()}
+_LAYERS = (nn.Conv2d, nn.Linear)
 _STATE = ('w_bits', 'a_bits', 'weight_quantizer', 'per_channel', 'baked', 'bits', 'n')
 
 def quant_layers(
@@ -403,19 +404,51 @@ def pacts(
     "The PACT activation quantizers of a model."
     return {n: m for n, m in model.named_modules() if isinstance(m, PACT)}
 
-# %% ../nbs/03_quant.ipynb #719d5cfc
+# %% ../nbs/03_quant.ipynb #d3546c67
 class ConversionError(BadInput):
     "A layer can't be quantized: names it, says why and what to do."
 
+def _kind(m): return next((o for o in (*_LAYERS, nn.ReLU) if isinstance(m, o)), None)
+
+_HOW = {'weight_norm': 'weight norm', 'spectral_norm': 'spectral norm', 'prune': 'a pruning mask', 'parametrize': 'a parametrization', None: 'a hook or an attribute'}
+_UNDO = {'weight_norm': "torch.nn.utils.remove_weight_norm(layer)", 'spectral_norm': "torch.nn.utils.remove_spectral_norm(layer)",
+         'prune': "torch.nn.utils.prune.remove(layer, '{}')", 'parametrize': "torch.nn.utils.parametrize.remove_parametrizations(layer, '{}')"}
+
+def _computed(m)->str|None:
+    "How a weight or bias of `m` that is no parameter of its own comes about; None: both are."
+    for o in ('weight', 'bias'):
+        if o in m._parameters or not hasattr(m, o): continue
+        by = 'parametrize' if o in getattr(m, 'parametrizations', {}) else next((k for h in m._forward_pre_hooks.values() for k in _UNDO if type(h).__module__.endswith(k)), None)
+        undo = f"make it a parameter: {_UNDO[by].format(o)}" if by else f"make '{o}' an nn.Parameter"
+        return f"has a {o} that is computed from other values before each use ({_HOW[by]}), which would overwrite a quantized one; {undo}"
+
+def _odd(m)->str|None:
+    "Why layer or ReLU `m` can't be quantized, written or turned back, and the way out; None: it can."
+    kind = _kind(m)
+    if kind is not nn.ReLU and (computed := _computed(m)): return computed
+    if type(m) not in _QUANT and type(m) not in _FLOAT: return f"is a subclass of nn.{kind.__name__}, which may compute something else; put an nn.{kind.__name__} in its place, with the same weights"
+    if 'forward' in vars(m) or '_conv_forward' in vars(m): return "has had its forward replaced; put a fresh layer in its place, with the same weights"
+
+def _refuse_odd(model, allowed=()):
+    "Raise for the first layer or ReLU that is odd, but for the names in `allowed`."
+    for n, m in model.named_modules():
+        if _kind(m) is None or n in allowed or not (why := _odd(m)): continue
+        on_purpose = f", or leave it in float on purpose: overrides={{'{n}': 32}}" if _kind(m) is not nn.ReLU else ''
+        raise ConversionError(f"{n or 'the model'} ({type(m).__name__}) {why}{on_purpose}.")
+
+# %% ../nbs/03_quant.ipynb #4d97f87b
 _COMPUTE = {'conv1d', 'conv2d', 'conv3d', 'conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d', 'linear', 'bilinear', 'matmul', '__matmul__',
             '__rmatmul__', 'mm', 'bmm', 'addmm', 'baddbmm', 'addbmm', 'mv', 'einsum', 'tensordot', 'scaled_dot_product_attention',
             'multi_head_attention_forward', 'lstm', 'gru', 'rnn_tanh', 'rnn_relu', 'embedding', 'embedding_bag'}
 _ACTIVATION = {'relu', 'relu_', 'relu6', 'gelu', 'silu', 'sigmoid', 'sigmoid_', 'tanh', 'tanh_', 'leaky_relu', 'leaky_relu_', 'elu', 'elu_', 'celu',
                'selu', 'mish', 'softplus', 'softsign', 'hardtanh', 'hardtanh_', 'hardswish', 'hardsigmoid', 'prelu', 'rrelu', 'threshold', 'threshold_',
                'glu', 'logsigmoid'}
+_ADD = {'add', '__add__', '__radd__', '__iadd__', 'add_'}
+_AVERAGE = {'avg_pool2d', 'adaptive_avg_pool2d', 'mean'}
 _KEEPS_GRID = {'max_pool2d', 'flatten', 'reshape', 'view', 'contiguous', 'permute', 'transpose', 'squeeze', 'unsqueeze', 'dropout', 'dropout2d',
                'feature_dropout', 'alpha_dropout', 'pad', '__getitem__', 'clone', 'detach', 'to', 'float'}
-_KEEPS_SIGN = {'avg_pool2d', 'adaptive_avg_pool2d', 'adaptive_max_pool2d', 'mean', 'sum', 'add', '__add__', '__radd__', '__iadd__', 'add_', 'cat', 'concat'}
+_KEEPS_SIGN = {*_AVERAGE, *_ADD, 'adaptive_max_pool2d', 'sum', 'cat', 'concat'}
+_KEEPS_RANGE = {*_AVERAGE, 'adaptive_max_pool2d', 'cat', 'concat'}
 
 # %% ../nbs/03_quant.ipynb #560d1bd7
 @dataclass
@@ -440,46 +473,54 @@ class _Watch(TorchFunctionMode):
     def tag_of(self, t): return self.tags.get(id(t), ('signed', None))
 
     def enter(self, m, args):
-        inside, name = bool(self.stack) and isinstance(self.stack[-1], _QuantLayer), self.names[m]
+        inside, name = any(isinstance(o, _LAYERS) for o in self.stack), self.names[m]
         self.stack.append(m)
         self.ran.append(m)
-        if type(m) in _LAYERS:
+        if inside: return
+        if isinstance(m, _LAYERS):
             if any(u.module is m for u in self.uses): raise ConversionError(f"{name} ({type(m).__name__}) is used twice in one forward pass; give each use a layer of its own.")
             self.uses.append(_Use(name, m, *self.tag_of(args[0])))
-        elif type(m) in (nn.ReLU, PACT) and not inside:
+        elif isinstance(m, nn.ReLU):
             if m.inplace: raise ConversionError(f"{name} is an in-place ReLU; use nn.ReLU(inplace=False), or qisal.models.separate_relus(model).")
             if name in self.relus: raise ConversionError(f"{name} is a ReLU that is used twice; give each use its own nn.ReLU(), or qisal.models.separate_relus(model).")
             self.relus[name] = m
 
     def leave(self, m, args, out):
         self.stack.pop()
-        if type(m) in (nn.ReLU, PACT): self.tag(out, 'grid', self.names[m])
+        if isinstance(m, nn.ReLU): self.tag(out, 'grid', self.names[m])
 
 # %% ../nbs/03_quant.ipynb #665fa847
-_LAYERS = (nn.Conv2d, nn.Linear, QConv2d, QLinear)
-
 @patch
 def __torch_function__(self:_Watch, func, types, args=(), kwargs=None):
     out, name = func(*args, **(kwargs or {})), getattr(func, '__name__', '')
-    m = self.stack[-1] if self.stack else None
-    if m is None or isinstance(m, (*_LAYERS, nn.ReLU, InputQuant)): return out  # `enter` and `leave` saw to these
+    if not self.stack or any(isinstance(o, (*_LAYERS, nn.ReLU)) for o in self.stack): return out  # `enter` and `leave` saw to these
+    m = self.stack[-1]
     what = f'{self.names[m] or "the model"} ({type(m).__name__})'
     if name in _COMPUTE:
         raise ConversionError(f"{what} computes with {name}, which can't be quantized; only nn.Conv2d and nn.Linear can. Rewrite it with those.")
     if name in ('relu', 'relu_'):
         raise ConversionError(f"{what} calls {name} as a function; PACT needs an nn.ReLU() module a use. qisal.models.separate_relus(model) rewrites it.")
     if name in _ACTIVATION: raise ConversionError(f"{what} uses {name}, but PACT replaces nn.ReLU only; use nn.ReLU() there.")
-    self.follow(name, args, out)
+    self.follow(name, args, kwargs or {}, out)
     return out
 
+def _lowers(func, args, kwargs)->bool:
+    "Does it put something below 0, or beside the grid: a padding other than 0, a negative number added, a tensor subtracted?"
+    if func == 'pad': return bool(kwargs.get('value', args[3] if len(args) > 3 else None))
+    numbers = [o for o in (*args, kwargs.get('other')) if isinstance(o, (int, float))]
+    return func in _ADD and (any(o < 0 for o in numbers) or kwargs.get('alpha', 1) < 0)
+
 @patch
-def follow(self:_Watch, func, args, out):
+def follow(self:_Watch, func, args, kwargs, out):
     "Tag what a function that is no layer and no activation gives."
+    if func == '__setitem__': self.tag(args[0], 'signed')
     if not isinstance(out, torch.Tensor): return
     items = args[0] if func in ('cat', 'concat') else args
     seen = [self.tag_of(a) for a in items if isinstance(a, torch.Tensor)]
-    if func in _KEEPS_GRID and seen: self.tag(out, *seen[0])
-    elif func in _KEEPS_SIGN and seen and all(o in ('grid', 'positive') for o, _ in seen): self.tag(out, 'positive')
+    sources = {o for o, _ in seen} if not _lowers(func, args, kwargs) else set()
+    if func in _KEEPS_GRID and sources: self.tag(out, *seen[0])
+    elif func in _KEEPS_RANGE and sources == {'input'}: self.tag(out, 'input')
+    elif func in _KEEPS_SIGN and sources and sources <= {'grid', 'positive'}: self.tag(out, 'positive')
     elif id(out) in self.tags: self.tag(out, 'signed')  # changed in place by something unknown
 
 # %% ../nbs/03_quant.ipynb #55bf7b6f
@@ -488,6 +529,8 @@ def watch(
     xb:torch.Tensor, # A few inputs, `N x C x H x W`
 )->_Watch: # `.uses`: layers in the order in which they ran; `.relus`: name to module of the ReLUs, likewise
     "Run the model once in evaluation mode and record what it did. Raises `ConversionError` for what can't be quantized."
+    for n, m in model.named_modules():
+        if isinstance(m, nn.modules.lazy.LazyModuleMixin) and m.has_uninitialized_params(): raise ConversionError(f"{n} ({type(m).__name__}) has no weights yet; send a batch through the model first.")
     rec, modes = _Watch(model), {m: m.training for m in model.modules()}
     hooks = [h for m in model.modules() for h in (m.register_forward_pre_hook(rec.enter, prepend=True), m.register_forward_hook(rec.leave))]
     x = _plain(xb).clone()
@@ -543,8 +586,33 @@ def _check_complete(model, rec):
     "Every layer and activation that the model holds must have run: one that didn't would stay float unseen."
     ran = {id(m) for m in rec.ran}
     for n, m in model.named_modules():
-        if type(m) in _QUANT and id(m) not in ran:
+        if _kind(m) and id(m) not in ran:
             raise ConversionError(f"{n} ({type(m).__name__}) did not run when the model was tried on two images; remove it from the model, or make forward use it.")
+
+# %% ../nbs/03_quant.ipynb #efaf0578
+def _holders(model)->dict: # id of a parameter to [(its name, module)]
+    "Which modules hold each parameter. A module that is registered twice is one."
+    res = {}
+    for n, m in model.named_modules():
+        for k, p in m._parameters.items():
+            if p is not None: res.setdefault(id(p), []).append((f'{n}.{k}' if n else k, m))
+    return res
+
+def _refuse_tied(model, rec, bits):
+    "Layers that share a weight must agree about it, and share it with layers only."
+    holders, found = _holders(model), {id(u.module): u.name for u in rec.uses}
+    for u in rec.uses:
+        for name, m in holders.get(id(getattr(u.module, 'weight', None)), ()):
+            if m is u.module: continue
+            if id(m) not in found: raise ConversionError(f"{u.name} ({type(u.module).__name__}) shares its weight with {name} ({type(m).__name__}), which is no layer that can be quantized; give it a weight of its own.")
+            a, b = bits[u.name][0], bits[found[id(m)]][0]
+            if a != b: raise ConversionError(f"{u.name} and {found[id(m)]} share one weight, but would have {a} and {b} bits; give both the same: overrides={{'{u.name}': {a}, '{found[id(m)]}': {a}}}.")
+
+def _refuse_baked(model):
+    "A baked network answers otherwise as soon as its weights are quantized again."
+    baked = [n for n, m in quant_layers(model).items() if m.baked and m.w_bits != 32]
+    if baked: raise ConversionError(f"{baked[0]} is baked: its weights lie on their grid already, and quantizing them once more would change what the network answers. "
+                                    "Use the network as it is, without PACTCallback; to train on, take the one from before bake, or start from these weights in float: qisal.quant.strip(model).")
 
 # %% ../nbs/03_quant.ipynb #c063124d
 def convert(
@@ -560,15 +628,19 @@ def convert(
     "Give every layer of `model` quantized weights and inputs. Raises `ConversionError`, before anything is changed, for a layer that can't be quantized."
     check_in('weight_quantizer', weight_quantizer, WEIGHT_QUANTIZERS)
     check_range('alpha_init', alpha_init, 0, lo_open=True)
+    given, model = model, getattr(model, '_orig_mod', model)  # what torch.compile wraps
+    _refuse_baked(model)
     rec = watch(model, xb[:2])
     _check_complete(model, rec)
     bits, relus = _plan(rec, policy, overrides)
+    _refuse_odd(model, {n for n, b in bits.items() if b == (32, 32)})
+    _refuse_tied(model, rec, bits)
     relus.update(_unfed(rec, relus, bits))
     lo, hi = input_range if input_range is not None else (_plain(xb).min().item(), _plain(xb).max().item())
     inputs = {u.name: InputQuant(lo, hi, bits[u.name][1]) for u in rec.uses if u.source == 'input' and bits[u.name][1] != 32}
     for name, b in relus.items(): _to_pact(rec.relus[name], b, alpha_init, model)
     for u in rec.uses: _to_quant(u, bits[u.name], weight_quantizer, per_channel, alpha_init, inputs.get(u.name))
-    return model
+    return given
 
 # %% ../nbs/03_quant.ipynb #dc4415f5
 def _to_pact(m, bits, alpha, model):
@@ -583,6 +655,7 @@ def _to_pact(m, bits, alpha, model):
 def _to_quant(use, bits, method, per_channel, alpha, input_quant):
     "Turn a layer into its quantized class, or set the bits of one that is."
     m = use.module
+    if _odd(m): return  # in float on purpose, as it is
     old = getattr(m, 'input_quant', None)
     m.__class__ = _QUANT.get(type(m), type(m))
     m.w_bits, m.a_bits = bits
@@ -595,6 +668,7 @@ def _to_quant(use, bits, method, per_channel, alpha, input_quant):
 
 def _to_float(m):
     "Give a quantized module its float class back."
+    if getattr(m, 'baked', False): m.weight.requires_grad_(True)
     m.__class__ = _FLOAT[type(m)]
     for o in _STATE: m.__dict__.pop(o, None)
     for o in ('alpha', 'touched', 'input_quant'):
@@ -641,25 +715,43 @@ def strip(
     model:nn.Module, # Converted model; left as it is
 )->nn.Module: # A copy: plain `nn.Conv2d`, `nn.Linear` and `nn.ReLU` with the latent (unrounded) weights
     "The float model back, with the weights that training went on in float. Alphas are dropped."
-    return _each(model, _to_float)
+    model = _copy(model)
+    for m in list(model.modules()):
+        if type(m) in _FLOAT: _to_float(m)
+    return model
 
 def bake(
     model:nn.Module, # Converted model; left as it is
 )->nn.Module: # A copy whose weights are on their grid and are used as they are
-    "A copy whose stored weights are the quantized ones: its outputs equal the model's, and nothing rounds weights any more."
-    def put(m):
-        if not isinstance(m, _QuantLayer): return
-        m.weight.data = m.quant_weight().detach().clone()
-        m.baked = True
-    return _each(model, put)
+    """A copy whose stored weights are the quantized ones: its outputs equal the model's, and nothing rounds weights any more.
+    They are frozen (`requires_grad` is False), since a step would take them off their grid."""
+    model = _copy(model)
+    for weight, value in _on_grids(model): weight.data = value
+    for m in quant_layers(model).values(): _set_baked(m)
+    return model
 
-def _each(model, f):
+@torch.no_grad()
+def _on_grids(model)->list: # (parameter, its value on the grid)
+    "All weights that are still to be written, each once: a weight that two layers share is quantized once. Computed before any is written."
+    res = {}
+    for n, m in quant_layers(model).items():
+        if m.w_bits == 32: continue
+        how = (m.w_bits, m.weight_quantizer, m.per_channel, m.baked)
+        first = res.setdefault(id(m.weight), (n, how, m.weight, None if m.baked else m.quant_weight().clone()))
+        if first[1] != how: raise ConversionError(f"{first[0]} and {n} share one weight, but quantize it in different ways; convert the model again, with the same bits for both.")
+    return [(weight, value) for _, _, weight, value in res.values() if value is not None]
+
+def _set_baked(m):
+    m.baked = True
+    if m.w_bits != 32: m.weight.requires_grad_(False)
+
+def _copy(model):
+    "A copy to write on, of a converted model whose layers can be written."
     import copy
     if not quant_layers(model): raise BadInput("The model holds no quantized layer; convert it first (PACTCallback, or qisal.quant.convert).")
-    model = copy.deepcopy(model)
-    for m in list(model.modules()):
-        if type(m) in _FLOAT: f(m)
-    return model
+    _refuse_odd(model, {n for n, m in model.named_modules() if not isinstance(m, (_QuantLayer, PACT))})
+    try: return copy.deepcopy(model)
+    except RuntimeError as e: raise BadInput(f"The {type(model).__name__} can't be copied ({e}); a layer left in float may keep a computed weight: remove its weight norm or pruning first.") from e
 
 # %% ../nbs/03_quant.ipynb #0ad12192
 def quant_config(
@@ -673,18 +765,35 @@ def quant_config(
     return dict(layers={n: one(m) for n, m in quant_layers(model).items()},
                 pacts={n: dict(bits=m.bits, alpha=m.alpha.item()) for n, m in pacts(model).items()})
 
+class _OldNames(dict):
+    "Old name of a ReLU to its name now; called before a model's state is loaded."
+    def __call__(self, model, state_dict, prefix, *args):
+        for k in [k for k in state_dict if k.startswith(prefix)]:
+            first, dot, rest = k[len(prefix):].partition('.')
+            if first in self: state_dict[prefix + self[first] + dot + rest] = state_dict.pop(k)
+
+def _old_names(model, config)->dict:
+    "`separate_relus` once numbered all ReLUs of a network in the order in which they run, which in a ResNet is that of their places."
+    relus = [n for n, m in model.named_modules() if type(m) is nn.ReLU]
+    if type(model).__name__ != 'ResNet' or 'relu_0' in relus or 'relu_0' not in config['pacts']: return {}
+    old = _OldNames((f'relu_{i}', n) for i, n in enumerate(relus))
+    model.register_load_state_dict_pre_hook(old)
+    return old
+
 def apply_quant_config(
     model:nn.Module, # Float model of the same architecture; changed in place
     config:dict, # What `quant_config` gave
 )->nn.Module: # `model`
     "Quantize a float model as `config` says. Raises `BadInput` where the two don't fit."
-    mods = dict(model.named_modules())
+    mods, old = dict(model.named_modules()), _old_names(model, config)
     for name, c in config['layers'].items():
-        if type(mods.get(name)) not in (nn.Conv2d, nn.Linear): raise BadInput(f"The configuration names a layer '{name}' that this model doesn't have; it belongs to another architecture.")
+        if not isinstance(mods.get(name), _LAYERS): raise BadInput(f"The configuration names a layer '{name}' that this model doesn't have; it belongs to another architecture.")
+        if why := _odd(mods[name]): raise ConversionError(f"{name} ({type(mods[name]).__name__}) {why}.")
         iq = c['input'] and InputQuant(**c['input'])
         _to_quant(_Use(name, mods[name], 'input', None), (c['w_bits'], c['a_bits']), c['weight_quantizer'], c['per_channel'], 6., iq)
-        mods[name].baked = c['baked']
+        if c['baked']: _set_baked(mods[name])
     for name, c in config['pacts'].items():
+        name = old.get(name, name)
         parent, _, leaf = name.rpartition('.')
         if leaf == 'input_quant' and parent in config['layers']: mods[parent].input_quant = PACT(c['bits'], c['alpha']).to(mods[parent].weight.device)
         elif type(mods.get(name)) is nn.ReLU: _to_pact(mods[name], c['bits'], c['alpha'], model)

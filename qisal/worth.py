@@ -165,7 +165,7 @@ def read_shipped(
     import json
     from qisal.deploy import _sealed
     try: s = json.loads((Path(folder)/'shipped.json').read_text(encoding='utf-8'))
-    except (FileNotFoundError, ValueError): return None
+    except (FileNotFoundError, ValueError, RecursionError): return None
     if not isinstance(s, dict) or s.get('format') != SHIPPED_FORMAT or _sealed(s) != s: return None
     return s if s.get('metrics') == metrics.get('sha256') else None
 
@@ -211,7 +211,7 @@ def _finished(folder)->dict:
     import json
     from qisal.deploy import _sealed
     try: m = json.loads((folder/'metrics.json').read_text(encoding='utf-8'))
-    except (FileNotFoundError, ValueError): m = None
+    except (FileNotFoundError, ValueError, RecursionError): m = None
     if not isinstance(m, dict) or 'spec' not in m or _sealed(m) != m: raise BadInput(f"The run '{folder.name}' has no whole metrics.json, so it is not finished; finish it first (qisal run).")
     return m
 
