@@ -20,9 +20,9 @@ from .core import ARCHS, BadInput, check_in, check_range, provenance, write_atom
 
 # %% ../nbs/10_deploy.ipynb #6dfc84cc
 def _float_shapes(model)->dict:
-    "Names and shapes of a network's state, without what quantization adds (alphas)."
+    "Names and shapes of a network's state, without what quantization adds (alphas, the grid of the image)."
     from qisal.quant import pacts
-    added = {f'{n}.alpha' for n in pacts(model)}
+    added = {*(f'{n}.alpha' for n in pacts(model)), *(k for k in model.state_dict() if k.endswith('input_quant._extra_state'))}
     return {k: tuple(v.shape) for k, v in model.state_dict().items() if k not in added}
 
 def find_arch(

@@ -37,6 +37,10 @@ def _quantize_flat(x, alpha, step, n):
     part = torch.where(x >= alpha, 2., torch.where(x >= 0, 1., 0.)).to(torch.uint8)
     return (x/step).round().clamp_min(0).minimum(n)*step, part
 
+def _shaped(flat, like):
+    "The numbers of `flat` in the shape and layout of `like`: a tensor of its own, since a later layer may not change a view in place."
+    return flat.new_empty(0).set_(flat.untyped_storage(), flat.storage_offset(), like.shape, like.stride())
+
 def _gradients_flat(grad, part):
     part = part.float()
     return torch.where(part == 1, grad, 0.), torch.where(part == 2, grad, 0.).sum()
@@ -54,9 +58,8 @@ class _PACTFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, alpha, bits):
         n, a, x32 = 2**bits - 1, alpha.float(), x.float()
-        if _fits(x32):
-            y, part = _compiled['quantize'](x32.view(-1), a, a/n, torch.tensor(float(n)))
-            y, part = y.view_as(x), part.view_as(x)
+        if torch.compiler.is_compiling(): y, part = _quantize_flat(x32, a, a/n, torch.tensor(float(n), device=x.device))  # the whole network is compiled
+        elif _fits(x32): y, part = (_shaped(o, x32) for o in _compiled['quantize'](x32.view(-1), a, a/n, torch.tensor(float(n))))
         else: y, part = _quantize(x32, a, a/n, n)
         ctx.save_for_backward(part)
         ctx.alpha_dtype = alpha.dtype
@@ -67,11 +70,16 @@ class _PACTFunction(torch.autograd.Function):
     def backward(ctx, grad):
         part, = ctx.saved_tensors
         g = grad.float()
-        if _fits(g, part):
+        if torch.compiler.is_compiling(): grad_x, grad_alpha = _gradients_flat(g, part)
+        elif _fits(g, part):
             grad_x, grad_alpha = _compiled['gradients'](g.view(-1), part.view(-1))
-            grad_x = grad_x.view_as(g)
+            grad_x = _shaped(grad_x, part)
         else: grad_x, grad_alpha = _gradients(g, part)
         return grad_x.to(grad.dtype), grad_alpha.to(ctx.alpha_dtype), None
+
+def _exported():
+    "Is somebody writing down what runs (`torch.export`, `torch.onnx.export`, `torch.jit.trace`)? They take no function with a gradient of its own, and need none."
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 def pact(
     x:torch.Tensor, # Activations, any shape, float
@@ -79,7 +87,7 @@ def pact(
     bits:int, # 2 to 8
 )->torch.Tensor: # `x` on the grid {0, alpha/n, ..., alpha}, n = 2**bits - 1; same shape and dtype
     "PACT activation quantizer (arXiv 1805.06085, equations 1 to 3) with its straight-through gradients for `x` and `alpha`."
-    if torch.is_grad_enabled(): return _PACTFunction.apply(x, alpha, bits)
+    if torch.is_grad_enabled() and not _exported(): return _PACTFunction.apply(x, alpha, bits)
     n, a = 2**bits - 1, alpha.float()
     return _on_grid(x.float(), a/n, n).to(x.dtype)
 
@@ -125,6 +133,7 @@ class PACT(nn.ReLU):
         _init_pact(self, bits, alpha, None)
 
     def forward(self, x):
+        if _exported(): return pact(x, self.alpha.detach().clamp(min=ALPHA_MIN), self.bits)
         self.bound()
         return pact(_plain(x), self.alpha, self.bits)
 
@@ -157,13 +166,15 @@ def n_levels(
     "How many levels a weight has: an odd number for 'sawb_zero', and at 8 bits, where the integers shall fit a signed byte."
     return 2**bits - (method == 'sawb_zero' or bits == 8)
 
+def _wide(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
 def to_codes(
     t:torch.Tensor, # Values, any shape
     clip:torch.Tensor, # Range [-clip, clip], above 0; shape () or broadcastable to `t`
     levels:int, # Number of levels, at least 2
-)->tuple[torch.Tensor,torch.Tensor]: # Integers `q` (float dtype, shape of `t`) and `scale` (shape of `clip`): `q*scale` is `t` on the grid
-    "The nearest level of each value, as an integer; ties go to the even index, values outside the range to its ends."
-    top = levels - 1
+)->tuple[torch.Tensor,torch.Tensor]: # Integers `q` (shape of `t`) and `scale` (shape of `clip`), float32 or float64: `q*scale` is `t` on the grid
+    "The nearest level of each value, as an integer; ties go to the even index, values outside the range to its ends. 16-bit types are widened first."
+    t, clip, top = _wide(t), _wide(clip), levels - 1
     index = (t + clip).mul_(top / (2*clip)).round_().clamp_(0, top)
     if levels % 2: return index.sub_(top//2), 2*clip/top
     return index.mul_(2).sub_(top), clip/top
@@ -179,43 +190,55 @@ class _ToGrid(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return grad, None, None
 
-_SAWB = {2: (3.12, -2.064), 3: (7.509, -6.892), 4: (12.68, -12.80), 5: (17.74, -18.64), 8: (31.76, -35.04)}
+_SAWB = {2: (3.12, -2.064), 3: (7.509, -6.892), 4: (12.68, -12.80), 5: (17.74, -18.64)}
 _SAWB_ZERO = {**_SAWB, 2: (2.6, -1.71), 4: (12.035, -12.03)}
+_FLOOR = torch.finfo(torch.float32).tiny * 2**20  # smallest range, whatever type the weights have: float32 still holds its steps
+
+def _rows(t, per_channel): return t.reshape(len(t) if per_channel else 1, -1)
+def _unrow(v, t, per_channel): return v.reshape(-1, *[1]*(t.dim() - 1)) if per_channel else v.reshape(())
+def _largest(t, per_channel): return _unrow(_rows(t.abs(), per_channel).amax(1), t, per_channel)
+
+def _moments(magnitudes, per_channel):
+    "Mean and root of the mean square, summed in float64 (float32 on Apple's GPUs, which lack it): in float32 the last digits would depend on the number of threads."
+    wide = torch.float32 if magnitudes.device.type == 'mps' else torch.float64
+    a = _rows(magnitudes, per_channel).to(wide)
+    square = (a[:, None] @ a[:, :, None]).flatten()/a.shape[1]
+    return _unrow(a.mean(1), magnitudes, per_channel), _unrow(square.sqrt(), magnitudes, per_channel)
 
 def sawb_clip(
     w:torch.Tensor, # Weights; dimension 0 is the output channel
     bits:int, # 2, 3, 4, 5 or 8
     zero:bool=False, # Coefficients for a grid with a zero level?
     per_channel:bool=False, # One clip an output channel instead of one for all?
-)->torch.Tensor: # Clip, above 0; shape () or (channels, 1, ...)
-    "Statistics-aware clip `c1*sqrt(E[w^2]) + c2*E|w|` (arXiv 1807.06964, section 3); the largest |w| where that falls below E|w|, as it does far from any bell shape."
-    c1, c2 = (_SAWB_ZERO if zero else _SAWB)[check_in('bits', bits, tuple(_SAWB))]
-    w = w.detach()
-    dims = tuple(range(1, w.dim())) if per_channel else tuple(range(w.dim()))
-    mean, rms = w.abs().mean(dims, keepdim=per_channel), w.square().mean(dims, keepdim=per_channel).sqrt()
+)->torch.Tensor: # Clip, above 0; shape () or (channels, 1, ...); float32, or float64 for such weights
+    "Statistics-aware clip `c1*sqrt(E[w^2]) + c2*E|w|` (arXiv 1807.06964, section 3); the largest |w| at 8 bits, and where the formula falls below E|w|, as it does far from any bell shape."
+    check_in('bits', bits, (*_SAWB, 8))
+    a = _wide(w.detach()).abs()
+    largest = _largest(a, per_channel)
+    if bits == 8: return largest.clamp_(min=_FLOOR)
+    c1, c2 = (_SAWB_ZERO if zero else _SAWB)[bits]
+    mean, rms = _moments(a, per_channel)
     clip = c1*rms + c2*mean
-    largest = w.abs().amax(dims, keepdim=per_channel)
-    return torch.where(clip < mean, largest, clip).clamp_(min=torch.finfo(w.dtype).tiny * 2**20)
+    return torch.where(clip < mean, largest, clip.to(a.dtype)).clamp_(min=_FLOOR)
 
 # %% ../nbs/03_quant.ipynb #2e4cdccc
 def dorefa_normalise(
     w:torch.Tensor, # Weights; dimension 0 is the output channel
     per_channel:bool=False, # One maximum an output channel instead of one for all?
-)->torch.Tensor: # `tanh(w)/max|tanh(w)|`, in [-1, 1]; zeros where all weights are zero
+)->torch.Tensor: # `tanh(w)/max|tanh(w)|`, in [-1, 1], dtype of `w`; zeros where all weights are zero
     "The inner part of DoReFa's weight quantizer (arXiv 1606.06160, equation 9), differentiable."
-    t = w.tanh()
-    dims = tuple(range(1, w.dim())) if per_channel else tuple(range(w.dim()))
-    return t / t.abs().amax(dims, keepdim=per_channel).clamp(min=torch.finfo(w.dtype).tiny)
+    t = _wide(w).tanh()
+    largest = _largest(t, per_channel)
+    return (t/torch.where(largest > 0, largest, 1.)).to(w.dtype)
 
 def _prepare(w, bits, method, per_channel, rescale):
-    "What is put on the grid, its range, and its number of levels."
+    "What is put on the grid, its range, and its number of levels; `w` float32 or float64."
     check_in('weight_quantizer', method, WEIGHT_QUANTIZERS)
     if method != 'dorefa': return w, sawb_clip(w, bits, method == 'sawb_zero', per_channel), n_levels(bits, method)
-    t, one = dorefa_normalise(w, per_channel), w.new_ones(())
-    if not rescale: return t, one, n_levels(bits, method)
-    dims = tuple(range(1, w.dim())) if per_channel else tuple(range(w.dim()))
-    largest = w.detach().abs().amax(dims, keepdim=per_channel).clamp_(min=torch.finfo(w.dtype).tiny * 2**20)
-    return t*largest, largest, n_levels(bits, method)
+    t = dorefa_normalise(w, per_channel)
+    if not rescale: return t, w.new_ones(()), n_levels(bits, method)
+    largest = _largest(w.detach(), per_channel)
+    return t*torch.where(largest > 0, largest, 1.), largest.clamp(min=_FLOOR), n_levels(bits, method)
 
 # %% ../nbs/03_quant.ipynb #381bf07f
 def quantize_weight(
@@ -226,7 +249,9 @@ def quantize_weight(
     rescale:bool=True, # DoReFa only: keep the layer's range instead of [-1, 1]?
 )->torch.Tensor: # `w` on its grid, same shape; gradients pass straight through the rounding
     "Fake-quantized weights: SAWB (arXiv 1807.06964), SAWB with a zero level, or DoReFa (arXiv 1606.06160)."
-    return _ToGrid.apply(*_prepare(w, bits, method, per_channel, rescale))
+    t, clip, levels = _prepare(_wide(w), bits, method, per_channel, rescale)
+    on_grid = torch.mul(*to_codes(t, clip, levels)) if _exported() else _ToGrid.apply(t, clip, levels)
+    return on_grid.to(w.dtype)
 
 @torch.no_grad()
 def weight_codes(
@@ -235,9 +260,9 @@ def weight_codes(
     method:str='sawb', # One of `WEIGHT_QUANTIZERS`
     per_channel:bool=False, # One scale an output channel instead of one for all?
     rescale:bool=True, # DoReFa only: keep the layer's range instead of [-1, 1]?
-)->tuple[torch.Tensor,torch.Tensor]: # Integers, int8, shape of `w`, and float scale: `codes*scale == quantize_weight(w, ...)`
+)->tuple[torch.Tensor,torch.Tensor]: # Integers, int8, shape of `w`, and scale, float32 (float64 for such weights): `codes*scale` is `quantize_weight(w, ...)`, there rounded to the type of `w`
     "The integers and the scale that `quantize_weight` multiplies: what a deployed model stores."
-    q, scale = to_codes(*_prepare(w, bits, method, per_channel, rescale))
+    q, scale = to_codes(*_prepare(_wide(w), bits, method, per_channel, rescale))
     return q.to(torch.int8), scale
 
 # %% ../nbs/03_quant.ipynb #81da5d8e
@@ -249,30 +274,59 @@ class InputQuant(nn.Module):
         bits:int=8, # 2 to 8
     ):
         super().__init__()
-        lo, hi = min(check_range('lo', lo), 0.), max(check_range('hi', hi), 0.)
-        if not lo < hi: raise BadInput(f"The inputs span [{lo}, {hi}]; a quantizer needs a range. Check the data and its normalisation.")
-        self.lo, self.hi, self.bits = lo, hi, check_range('bits', bits, 2, 8, kind=int)
+        self.bits = check_range('bits', bits, 2, 8, kind=int)
         self.n = 2**bits - 1
-        self.scale = (hi - lo)/self.n
-        self.zero_point = round(-lo/self.scale)
+        self.set_range(lo, hi)
 
     def codes(self, x):
         "Integers 0 to 2**bits - 1, in float dtype."
         return (x/self.scale).round_().add_(self.zero_point).clamp_(0, self.n)
 
-    def forward(self, x):
-        x = _plain(x)
-        with torch.no_grad(): q = self.codes(x.float()).sub_(self.zero_point).mul_(self.scale).to(x.dtype)
-        return _Replace.apply(x, q) if x.requires_grad else q
+    def on_grid(self, x):
+        "`x` on the grid, same shape and dtype; no gradient passes."
+        return self.codes(x.float()).sub_(self.zero_point).mul_(self.scale).to(x.dtype)
+
+    def forward(self, x): return self.on_grid(x) if _exported() else _Replace.apply(_plain(x), self)
 
     def extra_repr(self): return f'lo={self.lo:.4g}, hi={self.hi:.4g}, bits={self.bits}, zero_point={self.zero_point}'
 
 class _Replace(torch.autograd.Function):
-    "Gives `q` and hands the gradient to `x`."
+    "Gives an input on its grid and hands the gradient through."
     @staticmethod
-    def forward(ctx, x, q): return q.view_as(q)
+    def forward(ctx, x, grid): return grid.on_grid(x)
     @staticmethod
     def backward(ctx, grad): return grad, None
+
+# %% ../nbs/03_quant.ipynb #42a6edbd
+@patch
+def set_range(self:InputQuant,
+    lo:float, # Smallest value an input can take; 0 where it is above 0, since the grid holds 0
+    hi:float, # Largest value, above `lo`; 0 where it is below 0
+):
+    "Span the grid over [lo, hi]: sets `lo`, `hi`, `scale` and `zero_point`. Raises `BadInput` where that is no range."
+    lo, hi = min(check_range('lo', lo), 0.), max(check_range('hi', hi), 0.)
+    if not torch.finfo(torch.float32).tiny < (hi - lo)/self.n < torch.finfo(torch.float32).max:
+        raise BadInput(f"The inputs span [{lo}, {hi}]; a quantizer needs a range that float32 can divide. Check the data and its normalisation.")
+    self.lo, self.hi, self.scale = lo, hi, (hi - lo)/self.n
+    self.zero_point = round(-lo/self.scale)
+
+@patch
+def get_extra_state(self:InputQuant)->torch.Tensor: # int64, shape (2,): the bits of `lo` and `hi` in float64
+    "What `state_dict` holds of the grid."
+    return torch.tensor([self.lo, self.hi], dtype=torch.float64, device='cpu').view(torch.int64)
+
+@patch
+def set_extra_state(self:InputQuant,
+    state:torch.Tensor, # As `get_extra_state` gave it
+):
+    "What `load_state_dict` does with it."
+    if state.dtype != torch.int64 or state.shape != (2,): raise BadInput(f"The input grid in this checkpoint is a {tuple(state.shape)} tensor of {state.dtype}, not two numbers in int64; something converted it. Load the checkpoint as it was saved.")
+    self.set_range(*state.cpu().view(torch.float64).tolist())
+
+@patch
+def _load_from_state_dict(self:InputQuant, state_dict, prefix, *args):
+    state_dict.setdefault(prefix + '_extra_state', self.get_extra_state())  # a checkpoint without a grid: keep ours
+    nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
 # %% ../nbs/03_quant.ipynb #8164ccbb
 @dataclass(frozen=True)
@@ -335,6 +389,7 @@ class QLinear(_QuantLayer, nn.Linear):
 
 _QUANT = {nn.Conv2d: QConv2d, nn.Linear: QLinear, nn.ReLU: PACT}
 _FLOAT = {v: k for k, v in _QUANT.items()}
+_LAYERS = (nn.Conv2d, nn.Linear)
 _STATE = ('w_bits', 'a_bits', 'weight_quantizer', 'per_channel', 'baked', 'bits', 'n')
 
 def quant_layers(
@@ -349,19 +404,50 @@ def pacts(
     "The PACT activation quantizers of a model."
     return {n: m for n, m in model.named_modules() if isinstance(m, PACT)}
 
-# %% ../nbs/03_quant.ipynb #719d5cfc
+# %% ../nbs/03_quant.ipynb #d3546c67
 class ConversionError(BadInput):
     "A layer can't be quantized: names it, says why and what to do."
 
+def _kind(m): return next((o for o in (*_LAYERS, nn.ReLU) if isinstance(m, o)), None)
+
+_UNDO = {'weight_norm': "torch.nn.utils.remove_weight_norm(layer)", 'spectral_norm': "torch.nn.utils.remove_spectral_norm(layer)",
+         'prune': "torch.nn.utils.prune.remove(layer, '{}')", 'parametrize': "torch.nn.utils.parametrize.remove_parametrizations(layer, '{}')"}
+
+def _computed(m)->str|None:
+    "How a weight or bias of `m` that is no parameter of its own comes about; None: both are."
+    for o in ('weight', 'bias'):
+        if o in m._parameters or not hasattr(m, o): continue
+        by = 'parametrize' if o in getattr(m, 'parametrizations', {}) else next((k for h in m._forward_pre_hooks.values() for k in _UNDO if type(h).__module__.endswith(k)), None)
+        undo = f"make it a parameter: {_UNDO[by].format(o)}" if by else f"make '{o}' an nn.Parameter"
+        return f"has a {o} that is computed from other values before each use ({by or 'a hook or an attribute'}), which would overwrite a quantized one; {undo}"
+
+def _odd(m)->str|None:
+    "Why layer or ReLU `m` can't be quantized, written or turned back, and the way out; None: it can."
+    kind = _kind(m)
+    if kind is not nn.ReLU and (computed := _computed(m)): return computed
+    if type(m) not in _QUANT and type(m) not in _FLOAT: return f"is a subclass of nn.{kind.__name__}, which may compute something else; put an nn.{kind.__name__} in its place, with the same weights"
+    if 'forward' in vars(m) or '_conv_forward' in vars(m): return "has had its forward replaced; put a fresh layer in its place, with the same weights"
+
+def _refuse_odd(model, allowed=()):
+    "Raise for the first layer or ReLU that is odd, but for the names in `allowed`."
+    for n, m in model.named_modules():
+        if _kind(m) is None or n in allowed or not (why := _odd(m)): continue
+        on_purpose = f", or leave it in float on purpose: overrides={{'{n}': 32}}" if _kind(m) is not nn.ReLU else ''
+        raise ConversionError(f"{n or 'the model'} ({type(m).__name__}) {why}{on_purpose}.")
+
+# %% ../nbs/03_quant.ipynb #4d97f87b
 _COMPUTE = {'conv1d', 'conv2d', 'conv3d', 'conv_transpose1d', 'conv_transpose2d', 'conv_transpose3d', 'linear', 'bilinear', 'matmul', '__matmul__',
             '__rmatmul__', 'mm', 'bmm', 'addmm', 'baddbmm', 'addbmm', 'mv', 'einsum', 'tensordot', 'scaled_dot_product_attention',
             'multi_head_attention_forward', 'lstm', 'gru', 'rnn_tanh', 'rnn_relu', 'embedding', 'embedding_bag'}
 _ACTIVATION = {'relu', 'relu_', 'relu6', 'gelu', 'silu', 'sigmoid', 'sigmoid_', 'tanh', 'tanh_', 'leaky_relu', 'leaky_relu_', 'elu', 'elu_', 'celu',
                'selu', 'mish', 'softplus', 'softsign', 'hardtanh', 'hardtanh_', 'hardswish', 'hardsigmoid', 'prelu', 'rrelu', 'threshold', 'threshold_',
                'glu', 'logsigmoid'}
+_ADD = {'add', '__add__', '__radd__', '__iadd__', 'add_'}
+_AVERAGE = {'avg_pool2d', 'adaptive_avg_pool2d', 'mean'}
 _KEEPS_GRID = {'max_pool2d', 'flatten', 'reshape', 'view', 'contiguous', 'permute', 'transpose', 'squeeze', 'unsqueeze', 'dropout', 'dropout2d',
                'feature_dropout', 'alpha_dropout', 'pad', '__getitem__', 'clone', 'detach', 'to', 'float'}
-_KEEPS_SIGN = {'avg_pool2d', 'adaptive_avg_pool2d', 'adaptive_max_pool2d', 'mean', 'sum', 'add', '__add__', '__radd__', '__iadd__', 'add_', 'cat', 'concat'}
+_KEEPS_SIGN = {*_AVERAGE, *_ADD, 'adaptive_max_pool2d', 'sum', 'cat', 'concat'}
+_KEEPS_RANGE = {*_AVERAGE, 'adaptive_max_pool2d', 'cat', 'concat'}
 
 # %% ../nbs/03_quant.ipynb #560d1bd7
 @dataclass
@@ -386,46 +472,54 @@ class _Watch(TorchFunctionMode):
     def tag_of(self, t): return self.tags.get(id(t), ('signed', None))
 
     def enter(self, m, args):
-        inside, name = bool(self.stack) and isinstance(self.stack[-1], _QuantLayer), self.names[m]
+        inside, name = any(isinstance(o, _LAYERS) for o in self.stack), self.names[m]
         self.stack.append(m)
         self.ran.append(m)
-        if type(m) in _LAYERS:
+        if inside: return
+        if isinstance(m, _LAYERS):
             if any(u.module is m for u in self.uses): raise ConversionError(f"{name} ({type(m).__name__}) is used twice in one forward pass; give each use a layer of its own.")
             self.uses.append(_Use(name, m, *self.tag_of(args[0])))
-        elif type(m) in (nn.ReLU, PACT) and not inside:
+        elif isinstance(m, nn.ReLU):
             if m.inplace: raise ConversionError(f"{name} is an in-place ReLU; use nn.ReLU(inplace=False), or qisal.models.separate_relus(model).")
             if name in self.relus: raise ConversionError(f"{name} is a ReLU that is used twice; give each use its own nn.ReLU(), or qisal.models.separate_relus(model).")
             self.relus[name] = m
 
     def leave(self, m, args, out):
         self.stack.pop()
-        if type(m) in (nn.ReLU, PACT): self.tag(out, 'grid', self.names[m])
+        if isinstance(m, nn.ReLU): self.tag(out, 'grid', self.names[m])
 
 # %% ../nbs/03_quant.ipynb #665fa847
-_LAYERS = (nn.Conv2d, nn.Linear, QConv2d, QLinear)
-
 @patch
 def __torch_function__(self:_Watch, func, types, args=(), kwargs=None):
     out, name = func(*args, **(kwargs or {})), getattr(func, '__name__', '')
-    m = self.stack[-1] if self.stack else None
-    if m is None or isinstance(m, (*_LAYERS, nn.ReLU, InputQuant)): return out  # `enter` and `leave` saw to these
+    if not self.stack or any(isinstance(o, (*_LAYERS, nn.ReLU)) for o in self.stack): return out  # `enter` and `leave` saw to these
+    m = self.stack[-1]
     what = f'{self.names[m] or "the model"} ({type(m).__name__})'
     if name in _COMPUTE:
         raise ConversionError(f"{what} computes with {name}, which can't be quantized; only nn.Conv2d and nn.Linear can. Rewrite it with those.")
     if name in ('relu', 'relu_'):
         raise ConversionError(f"{what} calls {name} as a function; PACT needs an nn.ReLU() module a use. qisal.models.separate_relus(model) rewrites it.")
     if name in _ACTIVATION: raise ConversionError(f"{what} uses {name}, but PACT replaces nn.ReLU only; use nn.ReLU() there.")
-    self.follow(name, args, out)
+    self.follow(name, args, kwargs or {}, out)
     return out
 
+def _lowers(func, args, kwargs)->bool:
+    "Does it put something below 0, or beside the grid: a padding other than 0, a negative number added, a tensor subtracted?"
+    if func == 'pad': return bool(kwargs.get('value', args[3] if len(args) > 3 else None))
+    numbers = [o for o in (*args, kwargs.get('other')) if isinstance(o, (int, float))]
+    return func in _ADD and (any(o < 0 for o in numbers) or kwargs.get('alpha', 1) < 0)
+
 @patch
-def follow(self:_Watch, func, args, out):
+def follow(self:_Watch, func, args, kwargs, out):
     "Tag what a function that is no layer and no activation gives."
+    if func == '__setitem__': self.tag(args[0], 'signed')
     if not isinstance(out, torch.Tensor): return
     items = args[0] if func in ('cat', 'concat') else args
     seen = [self.tag_of(a) for a in items if isinstance(a, torch.Tensor)]
-    if func in _KEEPS_GRID and seen: self.tag(out, *seen[0])
-    elif func in _KEEPS_SIGN and seen and all(o in ('grid', 'positive') for o, _ in seen): self.tag(out, 'positive')
+    sources = {o for o, _ in seen} if not _lowers(func, args, kwargs) else set()
+    if func in _KEEPS_GRID and sources: self.tag(out, *seen[0])
+    elif func in _KEEPS_RANGE and sources == {'input'}: self.tag(out, 'input')
+    elif func in _KEEPS_SIGN and sources and sources <= {'grid', 'positive'}: self.tag(out, 'positive')
     elif id(out) in self.tags: self.tag(out, 'signed')  # changed in place by something unknown
 
 # %% ../nbs/03_quant.ipynb #55bf7b6f
@@ -434,6 +528,8 @@ def watch(
     xb:torch.Tensor, # A few inputs, `N x C x H x W`
 )->_Watch: # `.uses`: layers in the order in which they ran; `.relus`: name to module of the ReLUs, likewise
     "Run the model once in evaluation mode and record what it did. Raises `ConversionError` for what can't be quantized."
+    for n, m in model.named_modules():
+        if isinstance(m, nn.modules.lazy.LazyModuleMixin) and m.has_uninitialized_params(): raise ConversionError(f"{n} ({type(m).__name__}) has no weights yet; send a batch through the model first.")
     rec, modes = _Watch(model), {m: m.training for m in model.modules()}
     hooks = [h for m in model.modules() for h in (m.register_forward_pre_hook(rec.enter, prepend=True), m.register_forward_hook(rec.leave))]
     x = _plain(xb).clone()
@@ -489,8 +585,33 @@ def _check_complete(model, rec):
     "Every layer and activation that the model holds must have run: one that didn't would stay float unseen."
     ran = {id(m) for m in rec.ran}
     for n, m in model.named_modules():
-        if type(m) in _QUANT and id(m) not in ran:
+        if _kind(m) and id(m) not in ran:
             raise ConversionError(f"{n} ({type(m).__name__}) did not run when the model was tried on two images; remove it from the model, or make forward use it.")
+
+# %% ../nbs/03_quant.ipynb #efaf0578
+def _holders(model)->dict: # id of a parameter to [(its name, module)]
+    "Which modules hold each parameter. A module that is registered twice is one."
+    res = {}
+    for n, m in model.named_modules():
+        for k, p in m._parameters.items():
+            if p is not None: res.setdefault(id(p), []).append((f'{n}.{k}' if n else k, m))
+    return res
+
+def _refuse_tied(model, rec, bits):
+    "Layers that share a weight must agree about it, and share it with layers only."
+    holders, found = _holders(model), {id(u.module): u.name for u in rec.uses}
+    for u in rec.uses:
+        for name, m in holders.get(id(getattr(u.module, 'weight', None)), ()):
+            if m is u.module: continue
+            if id(m) not in found: raise ConversionError(f"{u.name} ({type(u.module).__name__}) shares its weight with {name} ({type(m).__name__}), which is no layer that can be quantized; give it a weight of its own.")
+            a, b = bits[u.name][0], bits[found[id(m)]][0]
+            if a != b: raise ConversionError(f"{u.name} and {found[id(m)]} share one weight, but would have {a} and {b} bits; give both the same: overrides={{'{u.name}': {a}, '{found[id(m)]}': {a}}}.")
+
+def _refuse_baked(model):
+    "A baked network answers otherwise as soon as its weights are quantized again."
+    baked = [n for n, m in quant_layers(model).items() if m.baked and m.w_bits != 32]
+    if baked: raise ConversionError(f"{baked[0]} is baked: its weights lie on their grid already, and quantizing them once more would change what the network answers. "
+                                    "Use the network as it is, without PACTCallback; to train on, take the one from before bake, or start from these weights in float: qisal.quant.strip(model).")
 
 # %% ../nbs/03_quant.ipynb #c063124d
 def convert(
@@ -506,15 +627,19 @@ def convert(
     "Give every layer of `model` quantized weights and inputs. Raises `ConversionError`, before anything is changed, for a layer that can't be quantized."
     check_in('weight_quantizer', weight_quantizer, WEIGHT_QUANTIZERS)
     check_range('alpha_init', alpha_init, 0, lo_open=True)
+    given, model = model, getattr(model, '_orig_mod', model)  # what torch.compile wraps
+    _refuse_baked(model)
     rec = watch(model, xb[:2])
     _check_complete(model, rec)
     bits, relus = _plan(rec, policy, overrides)
+    _refuse_odd(model, {n for n, b in bits.items() if b == (32, 32)})
+    _refuse_tied(model, rec, bits)
     relus.update(_unfed(rec, relus, bits))
     lo, hi = input_range if input_range is not None else (_plain(xb).min().item(), _plain(xb).max().item())
     inputs = {u.name: InputQuant(lo, hi, bits[u.name][1]) for u in rec.uses if u.source == 'input' and bits[u.name][1] != 32}
     for name, b in relus.items(): _to_pact(rec.relus[name], b, alpha_init, model)
     for u in rec.uses: _to_quant(u, bits[u.name], weight_quantizer, per_channel, alpha_init, inputs.get(u.name))
-    return model
+    return given
 
 # %% ../nbs/03_quant.ipynb #dc4415f5
 def _to_pact(m, bits, alpha, model):
@@ -529,6 +654,7 @@ def _to_pact(m, bits, alpha, model):
 def _to_quant(use, bits, method, per_channel, alpha, input_quant):
     "Turn a layer into its quantized class, or set the bits of one that is."
     m = use.module
+    if _odd(m): return  # in float on purpose, as it is
     old = getattr(m, 'input_quant', None)
     m.__class__ = _QUANT.get(type(m), type(m))
     m.w_bits, m.a_bits = bits
@@ -541,6 +667,7 @@ def _to_quant(use, bits, method, per_channel, alpha, input_quant):
 
 def _to_float(m):
     "Give a quantized module its float class back."
+    if getattr(m, 'baked', False): m.weight.requires_grad_(True)
     m.__class__ = _FLOAT[type(m)]
     for o in _STATE: m.__dict__.pop(o, None)
     for o in ('alpha', 'touched', 'input_quant'):
@@ -555,11 +682,11 @@ def best_alpha(
     n_candidates:int=200, # Clipping levels tried, evenly spaced up to the largest value
 )->float: # The clipping level with the least squared error; `ALPHA_MIN` where no value is above 0
     "The alpha for which PACT changes the positive values of `x` least, on a histogram of 4,096 bins."
-    x, n = x[x > 0].float(), 2**bits - 1
+    x, n, wide = x[x > 0].float(), 2**bits - 1, torch.float32 if x.device.type == 'mps' else torch.float64
     if not len(x) or (top := x.max().item()) <= ALPHA_MIN: return ALPHA_MIN
-    centre = (torch.arange(4096, device=x.device) + .5)*(top/4096)
-    counts = torch.histc(x, 4096, 0, top)
-    alphas = torch.arange(1, n_candidates + 1, device=x.device)*(top/n_candidates)
+    centre = (torch.arange(4096, device=x.device) + .5).to(wide)*(top/4096)
+    counts = torch.histc(x, 4096, 0, top).to(wide)
+    alphas = torch.arange(1, n_candidates + 1, device=x.device).to(wide)*(top/n_candidates)
     step = alphas[:, None]/n
     error = ((centre/step).round().clamp(max=n)*step - centre).square()@counts
     return max(alphas[error.argmin()].item(), ALPHA_MIN)
@@ -587,25 +714,43 @@ def strip(
     model:nn.Module, # Converted model; left as it is
 )->nn.Module: # A copy: plain `nn.Conv2d`, `nn.Linear` and `nn.ReLU` with the latent (unrounded) weights
     "The float model back, with the weights that training went on in float. Alphas are dropped."
-    return _each(model, _to_float)
+    model = _copy(model)
+    for m in list(model.modules()):
+        if type(m) in _FLOAT: _to_float(m)
+    return model
 
 def bake(
     model:nn.Module, # Converted model; left as it is
 )->nn.Module: # A copy whose weights are on their grid and are used as they are
-    "A copy whose stored weights are the quantized ones: its outputs equal the model's, and nothing rounds weights any more."
-    def put(m):
-        if not isinstance(m, _QuantLayer): return
-        m.weight.data = m.quant_weight().detach().clone()
-        m.baked = True
-    return _each(model, put)
+    """A copy whose stored weights are the quantized ones: its outputs equal the model's, and nothing rounds weights any more.
+    They are frozen (`requires_grad` is False), since a step would take them off their grid."""
+    model = _copy(model)
+    for weight, value in _on_grids(model): weight.data = value
+    for m in quant_layers(model).values(): _set_baked(m)
+    return model
 
-def _each(model, f):
+@torch.no_grad()
+def _on_grids(model)->list: # (parameter, its value on the grid)
+    "All weights that are still to be written, each once: a weight that two layers share is quantized once. Computed before any is written."
+    res = {}
+    for n, m in quant_layers(model).items():
+        if m.w_bits == 32: continue
+        how = (m.w_bits, m.weight_quantizer, m.per_channel, m.baked)
+        first = res.setdefault(id(m.weight), (n, how, m.weight, None if m.baked else m.quant_weight().clone()))
+        if first[1] != how: raise ConversionError(f"{first[0]} and {n} share one weight, but quantize it in different ways; convert the model again, with the same bits for both.")
+    return [(weight, value) for _, _, weight, value in res.values() if value is not None]
+
+def _set_baked(m):
+    m.baked = True
+    if m.w_bits != 32: m.weight.requires_grad_(False)
+
+def _copy(model):
+    "A copy to write on, of a converted model whose layers can be written."
     import copy
     if not quant_layers(model): raise BadInput("The model holds no quantized layer; convert it first (PACTCallback, or qisal.quant.convert).")
-    model = copy.deepcopy(model)
-    for m in list(model.modules()):
-        if type(m) in _FLOAT: f(m)
-    return model
+    _refuse_odd(model, {n for n, m in model.named_modules() if not isinstance(m, (_QuantLayer, PACT))})
+    try: return copy.deepcopy(model)
+    except RuntimeError as e: raise BadInput(f"The {type(model).__name__} can't be copied ({e}); a layer left in float may keep a computed weight: remove its weight norm or pruning first.") from e
 
 # %% ../nbs/03_quant.ipynb #0ad12192
 def quant_config(
@@ -626,10 +771,11 @@ def apply_quant_config(
     "Quantize a float model as `config` says. Raises `BadInput` where the two don't fit."
     mods = dict(model.named_modules())
     for name, c in config['layers'].items():
-        if type(mods.get(name)) not in (nn.Conv2d, nn.Linear): raise BadInput(f"The configuration names a layer '{name}' that this model doesn't have; it belongs to another architecture.")
+        if not isinstance(mods.get(name), _LAYERS): raise BadInput(f"The configuration names a layer '{name}' that this model doesn't have; it belongs to another architecture.")
+        if why := _odd(mods[name]): raise ConversionError(f"{name} ({type(mods[name]).__name__}) {why}.")
         iq = c['input'] and InputQuant(**c['input'])
         _to_quant(_Use(name, mods[name], 'input', None), (c['w_bits'], c['a_bits']), c['weight_quantizer'], c['per_channel'], 6., iq)
-        mods[name].baked = c['baked']
+        if c['baked']: _set_baked(mods[name])
     for name, c in config['pacts'].items():
         parent, _, leaf = name.rpartition('.')
         if leaf == 'input_quant' and parent in config['layers']: mods[parent].input_quant = PACT(c['bits'], c['alpha']).to(mods[parent].weight.device)
