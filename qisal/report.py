@@ -676,9 +676,8 @@ def _after_groups(study)->list: # (title, rows of `after_table`)
 @contextlib.contextmanager
 def _study_style():
     "The settings of all figures of the library: what is drawn inside never becomes LaTeX, whatever a matplotlibrc says."
-    import matplotlib as mpl
-    from qisal.callback.saliency import study_style
-    with mpl.rc_context(study_style()): yield
+    from qisal.callback.saliency import applied, study_style
+    with applied(study_style()): yield
 
 def _canvas(n, width=3.7, height=2.75, columns=4, layout='constrained'):
     "A figure that pyplot has let go of, and `n` axes in rows of at most `columns`."
@@ -746,9 +745,9 @@ def to_svg(
     alt:str, # What the figure shows, for those who can't see it
 )->str: # An `<svg>` element
     "A figure as inline SVG in the colours of the page, with a text alternative."
-    import matplotlib as mpl
+    from qisal.callback.saliency import applied
     buffer = io.StringIO()
-    with _study_style(), mpl.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': name, 'font.family': 'sans-serif'}):
+    with _study_style(), applied({'svg.fonttype': 'none', 'svg.hashsalt': name, 'font.family': 'sans-serif'}):
         fig.savefig(buffer, format='svg', transparent=True, metadata={'Date': None, 'Creator': None})
     text = buffer.getvalue()
     text = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->', '', text[text.index('<svg'):], flags=re.S)
