@@ -16,7 +16,7 @@ from .core import BITS, BadInput, as_bits, check_in, check_range
 from .data import DataLoader, ResidentDL
 from .metrics import mean_interval, wilson_interval
 from .saliency import attribute, feature_saliency
-from .callback.saliency import StudyFigure, plain_text, say_blank, study_style, told_once
+from .callback.saliency import StudyFigure, applied, plain_text, say_blank, study_style, told_once
 from fastai.callback.progress import ProgressCallback  # gives Learner its no_bar
 from fastai.interpret import ClassificationInterpretation
 from fastcore.basics import store_attr
@@ -28,7 +28,7 @@ WIDTH = 8  # inches; 800 pixels at 100 dots an inch
 def _figure(height, nrows=1, ncols=1, width=WIDTH, **kw):
     "A figure in the study's style that pyplot has let go of, and its axes as an array nrows x ncols."
     import matplotlib.pyplot as plt
-    with plt.rc_context(study_style()):
+    with applied(study_style()):
         fig, axs = plt.subplots(nrows, ncols, squeeze=False, figsize=(width, height), dpi=100, layout='constrained', FigureClass=StudyFigure, **kw)
     plt.close(fig)
     return fig, axs
@@ -491,7 +491,7 @@ def _confusion(self,
     import matplotlib.pyplot as plt
     named = copy.copy(self)
     named.vocab = [plain_text(o) for o in self.vocab]
-    with self.learn.no_bar(), plt.rc_context(study_style()), told_once():
+    with self.learn.no_bar(), applied(study_style()), told_once():
         ClassificationInterpretation.plot_confusion_matrix(named, normalize, plain_text(title), cmap, norm_dec, plot_txt,
                                                            **{'figsize': (6.4, 6), 'dpi': 100, 'FigureClass': StudyFigure, **kw})
     fig = plt.gcf()

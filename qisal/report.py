@@ -676,9 +676,8 @@ def _after_groups(study)->list: # (title, rows of `after_table`)
 @contextlib.contextmanager
 def _study_style():
     "The settings of all figures of the library: what is drawn inside never becomes LaTeX, whatever a matplotlibrc says."
-    import matplotlib as mpl
-    from qisal.callback.saliency import study_style
-    with mpl.rc_context(study_style()): yield
+    from qisal.callback.saliency import applied, study_style
+    with applied(study_style()): yield
 
 def _canvas(n, width=3.7, height=2.75, columns=4, layout='constrained'):
     "A figure that pyplot has let go of, and `n` axes in rows of at most `columns`."
@@ -746,9 +745,9 @@ def to_svg(
     alt:str, # What the figure shows, for those who can't see it
 )->str: # An `<svg>` element
     "A figure as inline SVG in the colours of the page, with a text alternative."
-    import matplotlib as mpl
+    from qisal.callback.saliency import applied
     buffer = io.StringIO()
-    with _study_style(), mpl.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': name, 'font.family': 'sans-serif'}):
+    with _study_style(), applied({'svg.fonttype': 'none', 'svg.hashsalt': name, 'font.family': 'sans-serif'}):
         fig.savefig(buffer, format='svg', transparent=True, metadata={'Date': None, 'Creator': None})
     text = buffer.getvalue()
     text = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->', '', text[text.index('<svg'):], flags=re.S)
@@ -800,10 +799,11 @@ def _grid_columns(study, dataset)->tuple: # ([(label, maps)], [notes])
     return cols, notes
 
 # %% ../nbs/12_report.ipynb #e45803f0
-def _class_names(dataset)->list|None:
-    "The classes of a dataset of the study by name; None for a folder of images."
+def _class_names(study, dataset)->list|None:
+    "The classes of a dataset of the study by name; None for a folder of images whose runs did not note them (those of earlier versions)."
     from qisal.data import INFO
-    return [str(o) for o in INFO[dataset].classes] if dataset in INFO else None
+    if dataset in INFO: return [str(o) for o in INFO[dataset].classes]
+    return next((c for o in study.having('done') if o['spec']['dataset'] == dataset and (c := o['metrics'].get('classes'))), None)
 
 def saliency_grid(
     study:Study, # From `read_study`
@@ -815,7 +815,7 @@ def saliency_grid(
     from qisal.interpret import robust_scale
     cols, notes = _grid_columns(study, dataset)
     if not cols: return dict(columns=[], rows=[], notes=notes) if notes else None
-    names, first = _class_names(dataset), cols[0][1]
+    names, first = _class_names(study, dataset), cols[0][1]
     name = lambda i: names[i] if names and 0 <= i < len(names) else str(i)
     shade = mpl.colormaps['inferno']
     drawn = [(shade(robust_scale(m['maps']))[..., :3]*255).round().astype(np.uint8) for _, m in cols]
@@ -1192,7 +1192,7 @@ def _svg_figure(name, title, parts, caption, legend, draw)->dict:
         try:
             with _study_style():
                 fig, (ax,) = _canvas(1, layout=None)  # fixed margins: a layout engine takes longer than the drawing
-                fig.subplots_adjust(left=.15, right=.985, top=.9, bottom=.19)
+                fig.subplots_adjust(left=.19, right=.985, top=.89, bottom=.2)
                 draw(ax, *args)
                 svgs.append(to_svg(fig, f'{name}{i}', alt))
         except Exception as e: notes.append(_undrawn(alt, e))

@@ -4,7 +4,7 @@ import itertools
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 import qisal.data
-import matplotlib.pyplot as plt
+import matplotlib, matplotlib.pyplot as plt
 from fastai.learner import Learner
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -387,3 +387,15 @@ def test_class_names_in_an_interpretation(learn):
     fig = interp.plot_confusion_matrix()
     pixels(fig)
     assert [t.get_text() for t in fig.axes[0].get_xticklabels()][:3] == [r'\$\$', r'\$1', '2'] and list(interp.vocab)[0] == '$$'
+
+
+def test_settings_made_inside_a_style_stay():
+    "A notebook's backend sets `interactive` when it is first used, perhaps inside our function; rc_context would undo that."
+    was, size = plt.isinteractive(), plt.rcParams['font.size']
+    try:
+        with pytest.raises(KeyError, match='mine'):
+            with callback.applied({'font.size': 99, 'text.usetex': True}):
+                matplotlib.interactive(not was)
+                raise KeyError('mine')
+        assert plt.isinteractive() is not was and plt.rcParams['font.size'] == size and not plt.rcParams['text.usetex']
+    finally: matplotlib.interactive(was)

@@ -454,6 +454,13 @@ def test_damaged_maps_are_named_and_the_report_goes_on(tmp_path):
     runs[3].unlink()
     assert saliency_grid(read_study(out), 'mnist')['columns'] == [] and 'kept no maps' in make_report(out).read_text()
 
+def test_classes_of_a_folder_have_their_names(tmp_path):
+    s = RunSpec(dataset='folder:/data/x')
+    names = lambda out: [r['true'] for r in saliency_grid(read_study(out), s.dataset)['rows']]
+    classes = ['a', '$$', 'c', '<b>', '数', 'f']
+    assert names(study_of(tmp_path/'a', (s, metrics(s, .9, classes=classes)))) == ['<b>', '数'] and names(study_of(tmp_path/'old', (s, metrics(s, .9)))) == ['3', '4']
+    assert '&lt;b&gt;' in report_html(read_study(tmp_path/'a'/'s'))
+
 def test_maps_that_hold_pickles_are_not_opened(tmp_path):
     out = study_of(tmp_path, *grid()[:1])
     np.savez((out/'runs'/RunSpec().run_id/'maps.npz').open('wb'), images=np.array([object()]), labels=0, maps=0, pred=0)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KL_TARGETS', 'SALIENCY_PASSES', 'masked_kl', 'no_running_stats', 'LossParts', 'guidable', 'SaliencyMaskingCallback',
-           'untouched_rng', 'fixed_images', 'plain_text', 'study_style', 'told_once', 'StudyFigure', 'say_blank',
-           'film_strip', 'figure_png', 'SaliencyProgressCallback']
+           'untouched_rng', 'fixed_images', 'plain_text', 'study_style', 'applied', 'told_once', 'StudyFigure',
+           'say_blank', 'film_strip', 'figure_png', 'SaliencyProgressCallback']
 
 # %% ../../nbs/06_callback.saliency.ipynb #6344a621
 from contextlib import contextmanager, nullcontext
@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from fastai.callback.core import Callback
 from fastcore.foundation import L, patch
 from fastcore.imports import in_notebook
-from matplotlib import rc_context
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from ..core import ATTRIBUTIONS, MODES, BadInput, check_in, check_range, write_atomic
@@ -245,7 +245,7 @@ def plain_text(
     return f'\u200b{s}' if s.startswith('_') else s
 
 def study_style()->dict:
-    "matplotlib's settings for all figures: `with plt.rc_context(study_style()): ...` or `plt.rcParams.update(study_style())`."
+    "matplotlib's settings for all figures: `with applied(study_style()): ...` or `plt.rcParams.update(study_style())`."
     import seaborn as sns
     from cycler import cycler
     colors = [c for i, c in enumerate(sns.color_palette('colorblind')) if i != 7]  # without the grey, which belongs to the controls
@@ -253,6 +253,16 @@ def study_style()->dict:
             'figure.titlesize': 13, 'axes.titlesize': 12, 'axes.labelsize': 11, 'xtick.labelsize': 10, 'ytick.labelsize': 10, 'legend.fontsize': 10,
             'axes.grid': False, 'grid.color': '.88', 'grid.linewidth': .8, 'axes.axisbelow': True, 'axes.facecolor': 'white', 'figure.facecolor': 'white',
             'savefig.facecolor': 'white', 'image.interpolation': 'nearest', 'legend.frameon': False}
+
+@contextmanager
+def applied(
+    settings:dict, # Some of matplotlib's `rcParams`
+):
+    "Inside, these settings hold. Others stay: `rc_context` would undo what a backend sets when it is first used inside, and a notebook would show no figure after it."
+    old = {k: rcParams[k] for k in settings}
+    rcParams.update(settings)
+    try: yield
+    finally: rcParams.update(old)
 
 _missing_told = False
 
@@ -275,7 +285,7 @@ class StudyFigure(Figure):
     "A matplotlib `Figure` that is never set by LaTeX, whatever a matplotlibrc says, and that speaks once of missing characters."
     @contextmanager
     def _as_text(self):
-        with rc_context({'text.usetex': False, 'text.parse_math': True}), told_once():
+        with applied({'text.usetex': False, 'text.parse_math': True}), told_once():
             for t in self.findobj(Text):
                 if t.get_usetex(): t.set_usetex(False)
                 if not t.get_parse_math(): t.set_parse_math(True)  # else plain_text's backslashes would show
