@@ -10,6 +10,7 @@ import copy
 from functools import lru_cache
 import torch, torch.fx
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from .core import ARCHS, BadInput, check_in, check_range
 
 # %% ../nbs/02_models.ipynb #853a187e
@@ -196,8 +197,6 @@ def _rewrite(new, graph, mods):
         node.replace_all_uses_with(call)
         if _is_inplace(node, mods): _reread(node, call)
         graph.erase_node(node)
-    for k, o in list(new._modules.items()):
-        if type(o) is nn.ReLU and k not in used and k not in mods: del new._modules[k]  # a second name of a ReLU that has one module a use now
     _set_forward(new, graph)
     return new
 
@@ -210,42 +209,63 @@ def _reread(node, new):
     _input(node).replace_all_uses_with(new, delete_user_cb=lambda user: user in later)
 
 # %% ../nbs/02_models.ipynb #83cbce9e
-def _mentions_relu(m)->bool:
-    "Does a method of this module name something like a ReLU?"
-    return any('relu' in n for c in type(m).__mro__ if c is not nn.Module for f in vars(c).values() if hasattr(f, '__code__') for n in f.__code__.co_names)
-
 def _is_torchs(m)->bool: return type(m).forward in (nn.Sequential.forward, nn.Module.forward) or type(m).__module__.startswith('torch.nn.')
 
-def _graphs(m)->list:
-    "The two traces of a module's own forward; none for torch's own modules, and for one that can't be traced but has no ReLU either."
-    if _is_torchs(m): return []
-    found = _traces(m)
-    if not isinstance(found, Exception): return found
-    if not _mentions_relu(m) and not any(isinstance(o, nn.ReLU) for o in m.children()): return []
-    raise BadInput(f"{type(m).__name__} can't be traced by torch.fx ({found}); write one nn.ReLU() module per use into the model yourself.") from found
+def _mentions_relu(m)->bool:
+    "Does a method of this module's class name a ReLU? One that can't be traced may call it on a way that no trial takes."
+    return any(n in ('relu', 'relu_') for c in type(m).__mro__ if c is not nn.Module for f in vars(c).values() if hasattr(f, '__code__') for n in f.__code__.co_names)
 
-def _own_relus(m, done):
-    "`m` with one ReLU a use. A module that is registered twice stays one, a ReLU doesn't; layers are shared with `m`."
-    if type(m) is nn.ReLU: return nn.ReLU().train(m.training)
+def _own_relus(m, done, failed):
+    """`m` with one ReLU a use. A module that is registered twice stays one, a ReLU doesn't; layers are shared with `m`.
+    What can't be traced is left as it is and noted in `failed`. ReLUs keep their `inplace` until all is done: it says what was read changed."""
+    if type(m) is nn.ReLU: return nn.ReLU(m.inplace).train(m.training)
     if m in done: return done[m]
-    if not m._modules and (_is_torchs(m) or not _mentions_relu(m)): return m
-    new, graphs, mods = _shell(m), _graphs(m), dict(m.named_modules())
-    done[m] = new
-    for k, o in m._modules.items(): new._modules[k] = o and _own_relus(o, done)
-    return _rewrite(new, _merge_modes(*graphs, m), mods) if any(_needs_rewriting(g, mods) for g in graphs) else new
+    if not m._modules and _is_torchs(m): return m
+    new = done[m] = _shell(m)
+    for k, o in m._modules.items(): new._modules[k] = o and _own_relus(o, done, failed)
+    graphs, mods = [] if _is_torchs(m) else _traces(new), dict(new.named_modules())
+    if isinstance(graphs, Exception): graphs = failed.append((m, graphs)) or []
+    if any(_needs_rewriting(g, mods) for g in graphs): _rewrite(new, _merge_modes(*graphs, m), mods)
+    elif not m._modules: new = done[m] = m
+    return new
+
+def _separated(model)->tuple: # (the new network, [(module, why it can't be traced)])
+    failed = []
+    new = _own_relus(model, {}, failed)
+    for m in new.modules():
+        if type(m) is nn.ReLU: m.inplace = False
+    return new, failed
 
 # %% ../nbs/02_models.ipynb #6088b231
-def _answers(model, xb)->list: # Tensors: the outputs in evaluation mode and in training mode
+class _CountReLUs(TorchFunctionMode):
+    "Counts the calls of a ReLU function; one that is a module's is counted there too."
+    def __init__(self):
+        super().__init__()
+        self.calls, self.runs = 0, {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += getattr(func, '__name__', '') in ('relu', 'relu_')
+        return func(*args, **(kwargs or {}))
+
+    def run(self, m, args): self.runs[m] = self.runs.get(m, 0) + 1
+
+    @property
+    def separate(self)->bool: return self.calls == len(self.runs) == sum(self.runs.values())
+
+def _answers(model, xb)->tuple: # (tensors: the outputs in evaluation mode and in training mode; was each ReLU a module that ran once?)
     "What `model` gives for `xb`, with the same dropout each time; modes, buffers and torch's random state stay."
     from torch.utils._pytree import tree_flatten
-    modes, buffers, res = {m: m.training for m in model.modules()}, [(b, b.clone()) for b in model.buffers()], []
+    modes, buffers, res, counts = {m: m.training for m in model.modules()}, [(b, b.clone()) for b in model.buffers()], [], []
+    hooks = [m.register_forward_pre_hook(lambda m, args: counts[-1].run(m, args)) for m in modes if type(m) is nn.ReLU]
     try:
         for training in (False, True):
-            with torch.no_grad(), torch.random.fork_rng(): torch.manual_seed(0); res.append(tree_flatten(model.train(training)(xb.clone()))[0])
+            counts.append(_CountReLUs())
+            with torch.no_grad(), torch.random.fork_rng(), counts[-1]: torch.manual_seed(0); res += tree_flatten(model.train(training)(xb.clone()))[0]
     finally:
+        for h in hooks: h.remove()
         for m, training in modes.items(): m.training = training
         for b, was in buffers: b.copy_(was)
-    return [o for part in res for o in part if isinstance(o, torch.Tensor)]
+    return [o for o in res if isinstance(o, torch.Tensor)], all(o.separate for o in counts)
 
 def _some_images(model)->torch.Tensor:
     "A batch that the model takes, by trying."
@@ -266,12 +286,16 @@ def separate_relus(
 )->nn.Module: # The same function with one non-inplace `nn.ReLU` module a use; names of children, parameters and their values stay
     """Give each use of a ReLU (shared, functional, in place) a module of its own. Raises `BadInput` for a forward that torch.fx can't trace,
     that takes another way in training, or whose answers would change. A model on the meta device has no answers to compare."""
-    new = _own_relus(model, {})
+    new, failed = _separated(model)
     if any(p.is_meta for p in model.parameters()): return new
     xb = _some_images(model) if xb is None else xb.to(next(model.parameters(), xb).device)
-    for a, b in zip(_answers(model, xb), _answers(new, xb), strict=True):
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
-            raise BadInput(f"{type(model).__name__} answers differently with a module for each ReLU, as where an in-place ReLU changes what is read elsewhere; write one nn.ReLU() module per use into the model yourself.")
+    (before, _), (after, separate) = _answers(model, xb), _answers(new, xb)
+    hidden, yourself = [o for o in failed if _mentions_relu(o[0])], 'write one nn.ReLU() module per use into the model yourself.'
+    if hidden or not separate:
+        m, why = (hidden or failed or [(model, 'a ReLU is called from where it does not look')])[0]
+        raise BadInput(f"{type(m).__name__} can't be traced by torch.fx ({' '.join(str(why).split())}); {yourself}")
+    same = len(before) == len(after) and all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in zip(before, after))
+    if not same: raise BadInput(f"{type(model).__name__} answers differently with a module for each ReLU, as where an in-place ReLU changes what is read elsewhere; {yourself}")
     return new
 
 # %% ../nbs/02_models.ipynb #31104df0
@@ -286,7 +310,7 @@ def resnet18(
     small = size < 64
     if small or n_in != 3: m.conv1 = nn.Conv2d(n_in, 64, *((3, 1, 1) if small else (7, 2, 3)), bias=False)
     if small: m.maxpool = nn.Identity()
-    return _own_relus(m, {})
+    return _separated(m)[0]
 
 # %% ../nbs/02_models.ipynb #0b0a5601
 _MODELS = dict(small_cnn=small_cnn, lenet5=lenet5, resnet20=resnet20, resnet18=resnet18)

@@ -408,6 +408,7 @@ class ConversionError(BadInput):
 
 def _kind(m): return next((o for o in (*_LAYERS, nn.ReLU) if isinstance(m, o)), None)
 
+_HOW = {'weight_norm': 'weight norm', 'spectral_norm': 'spectral norm', 'prune': 'a pruning mask', 'parametrize': 'a parametrization', None: 'a hook or an attribute'}
 _UNDO = {'weight_norm': "torch.nn.utils.remove_weight_norm(layer)", 'spectral_norm': "torch.nn.utils.remove_spectral_norm(layer)",
          'prune': "torch.nn.utils.prune.remove(layer, '{}')", 'parametrize': "torch.nn.utils.parametrize.remove_parametrizations(layer, '{}')"}
 
@@ -417,7 +418,7 @@ def _computed(m)->str|None:
         if o in m._parameters or not hasattr(m, o): continue
         by = 'parametrize' if o in getattr(m, 'parametrizations', {}) else next((k for h in m._forward_pre_hooks.values() for k in _UNDO if type(h).__module__.endswith(k)), None)
         undo = f"make it a parameter: {_UNDO[by].format(o)}" if by else f"make '{o}' an nn.Parameter"
-        return f"has a {o} that is computed from other values before each use ({by or 'a hook or an attribute'}), which would overwrite a quantized one; {undo}"
+        return f"has a {o} that is computed from other values before each use ({_HOW[by]}), which would overwrite a quantized one; {undo}"
 
 def _odd(m)->str|None:
     "Why layer or ReLU `m` can't be quantized, written or turned back, and the way out; None: it can."
@@ -763,12 +764,27 @@ def quant_config(
     return dict(layers={n: one(m) for n, m in quant_layers(model).items()},
                 pacts={n: dict(bits=m.bits, alpha=m.alpha.item()) for n, m in pacts(model).items()})
 
+class _OldNames(dict):
+    "Old name of a ReLU to its name now; called before a model's state is loaded."
+    def __call__(self, model, state_dict, prefix, *args):
+        for k in [k for k in state_dict if k.startswith(prefix)]:
+            first, dot, rest = k[len(prefix):].partition('.')
+            if first in self: state_dict[prefix + self[first] + dot + rest] = state_dict.pop(k)
+
+def _old_names(model, config)->dict:
+    "`separate_relus` once numbered all ReLUs of a network in the order in which they run, which in a ResNet is that of their places."
+    relus = [n for n, m in model.named_modules() if type(m) is nn.ReLU]
+    if type(model).__name__ != 'ResNet' or 'relu_0' in relus or 'relu_0' not in config['pacts']: return {}
+    old = _OldNames((f'relu_{i}', n) for i, n in enumerate(relus))
+    model.register_load_state_dict_pre_hook(old)
+    return old
+
 def apply_quant_config(
     model:nn.Module, # Float model of the same architecture; changed in place
     config:dict, # What `quant_config` gave
 )->nn.Module: # `model`
     "Quantize a float model as `config` says. Raises `BadInput` where the two don't fit."
-    mods = dict(model.named_modules())
+    mods, old = dict(model.named_modules()), _old_names(model, config)
     for name, c in config['layers'].items():
         if not isinstance(mods.get(name), _LAYERS): raise BadInput(f"The configuration names a layer '{name}' that this model doesn't have; it belongs to another architecture.")
         if why := _odd(mods[name]): raise ConversionError(f"{name} ({type(mods[name]).__name__}) {why}.")
@@ -776,6 +792,7 @@ def apply_quant_config(
         _to_quant(_Use(name, mods[name], 'input', None), (c['w_bits'], c['a_bits']), c['weight_quantizer'], c['per_channel'], 6., iq)
         if c['baked']: _set_baked(mods[name])
     for name, c in config['pacts'].items():
+        name = old.get(name, name)
         parent, _, leaf = name.rpartition('.')
         if leaf == 'input_quant' and parent in config['layers']: mods[parent].input_quant = PACT(c['bits'], c['alpha']).to(mods[parent].weight.device)
         elif type(mods.get(name)) is nn.ReLU: _to_pact(mods[name], c['bits'], c['alpha'], model)
