@@ -73,8 +73,8 @@ def add_alpha_group(
         o.set_hyper, o.freeze_to = partial(_set_hyper, o), partial(_freeze_to, o)
         if not (_holds(o, alphas) and len(o.param_lists) == len(o.hypers) and _torch_holds(o, alphas)):
             raise BadInput(f"PACT's alphas don't reach what {type(o).__name__} steps (it keeps {len(o.param_lists)} "
-                           f"parameter lists and {len(o.hypers)} sets of hyper-parameters), so they would not train. Use "
-                           "an optimizer of fastai, Lookahead around one, or a torch optimizer in OptimWrapper.")
+                           f"parameter lists and {len(o.hypers)} sets of hyper-parameters), so they would not train. "
+                           "Use an optimizer of fastai, Lookahead around one, or a torch optimizer in OptimWrapper.")
     for k in keeper.hypers[0].keys() & {'lr', 'wd'}: _set_hyper(keeper, k, [h[k] for h in keeper.hypers[1:]])
     for p in alphas: keeper.state.setdefault(p, {})['force_train'] = True  # `freeze` leaves alpha alone
     return opt
