@@ -1,5 +1,6 @@
 """The life of a `PACTCallback`: every way to add it, and everything that a fastai user does to a learner."""
 import copy, pickle, warnings
+from functools import partial
 
 import cloudpickle, matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from fastcore.basics import noop
@@ -413,8 +414,28 @@ class Copies(Optimizer):
 
 
 def test_a_wrapper_with_lists_of_its_own_is_refused(tmp_path):
-    with pytest.raises(BadInput, match='Copies keeps 1 parameter lists and 1 sets'):
+    with pytest.raises(BadInput, match=r'reach what Copies steps \(it keeps 1 parameter lists and 1 sets'):
         make(tmp_path, pact(), opt_func=lambda p, **k: Copies(SGD(p, **k))).create_opt()
+
+
+class TorchWrapper(torch.optim.Optimizer):
+    "A torch optimizer around another, whose groups it shares or copies."
+    def __init__(self, params, lr, share, **kw):
+        inner = torch.optim.Adam(params, lr=lr)
+        super().__init__([dict(g) for g in inner.param_groups], dict(inner.defaults))
+        self.inner, self.param_groups = inner, inner.param_groups if share else self.param_groups
+
+    def step(self, closure=None): self.inner.step()
+
+
+def test_a_torch_wrapper_passes_the_alphas_on_or_is_refused(tmp_path):
+    def opt(share): return lambda p, lr, **kw: OptimWrapper(p, partial(TorchWrapper, share=share), lr=lr)
+    learn = make(tmp_path, pact(), opt_func=opt(True))
+    learn.fit(1, 1e-2)
+    assert all(abs(a - START) > 1e-5 for a in alphas(learn))
+    learn = make(tmp_path, opt_func=opt(False))
+    learn.fit(1, 1e-2)  # an optimizer without alphas, which would get them in the outer groups alone
+    with pytest.raises(BadInput, match='reach what OptimWrapper steps .* they would not train'): learn.fit(1, cbs=pact())
 
 
 def test_settings_of_a_second_callback_are_taken(tmp_path):

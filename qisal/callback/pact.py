@@ -27,10 +27,10 @@ from .. import quant
 from ..quant import BitPolicy, InputQuant, PACT, bit_policy, compile_pact, convert, has_compiler, pacts, quant_layers
 
 # %% ../../nbs/04_callback.pact.ipynb #16fe095b
-def _levels(opt):
-    "The optimizer and those that it wraps, the outermost first. The last one keeps lists and hyper-parameters."
-    inner = next((o for o in vars(opt).values() if isinstance(o, (Optimizer, OptimWrapper))), None)
-    return [opt] if inner is None else [opt, *_levels(inner)]
+def _levels(opt, kinds=(Optimizer, OptimWrapper)):
+    "The optimizer and those of these kinds that it wraps, outermost first. The last keeps lists and hyper-parameters."
+    inner = next((o for o in vars(opt).values() if isinstance(o, kinds)), None)
+    return [opt] if inner is None else [opt, *_levels(inner, kinds)]
 
 def _set_hyper(opt, k, v):
     "`opt.set_hyper` for the model's groups; alpha's, number 0, follows the last one or keeps its own value."
@@ -71,15 +71,21 @@ def add_alpha_group(
     keeper.alpha_hypers, keeper.alpha_decay, keeper.step = own, decay, partial(_step, keeper)
     for o in levels:
         o.set_hyper, o.freeze_to = partial(_set_hyper, o), partial(_freeze_to, o)
-        if not (_holds(o, alphas) and len(o.param_lists) == len(o.hypers)):
-            raise BadInput(f"{type(o).__name__} keeps {len(o.param_lists)} parameter lists and {len(o.hypers)} sets of "
-                           "hyper-parameters after PACT's alphas were added: it can't train them. Use an optimizer of "
-                           "fastai, Lookahead around one, or a torch optimizer in OptimWrapper.")
+        if not (_holds(o, alphas) and len(o.param_lists) == len(o.hypers) and _torch_holds(o, alphas)):
+            raise BadInput(f"PACT's alphas don't reach what {type(o).__name__} steps (it keeps {len(o.param_lists)} "
+                           f"parameter lists and {len(o.hypers)} sets of hyper-parameters), so they would not train. "
+                           "Use an optimizer of fastai, Lookahead around one, or a torch optimizer in OptimWrapper.")
     for k in keeper.hypers[0].keys() & {'lr', 'wd'}: _set_hyper(keeper, k, [h[k] for h in keeper.hypers[1:]])
     for p in alphas: keeper.state.setdefault(p, {})['force_train'] = True  # `freeze` leaves alpha alone
     return opt
 
 def _has_group(opt): return 'alpha_hypers' in vars(_levels(opt)[-1])
+
+def _torch_holds(opt, alphas):
+    "Does the torch optimizer in an `OptimWrapper`, and each that it wraps, hold the alphas?"
+    if not isinstance(opt, OptimWrapper): return True
+    held = [{id(p) for g in o.param_groups for p in g['params']} for o in _levels(opt.opt, torch.optim.Optimizer)]
+    return all(id(p) in h for h in held for p in alphas)
 
 def _holds(opt, alphas): return _has_group(opt) and {id(p) for p in alphas} == {id(p) for p in opt.param_lists[0]}
 
