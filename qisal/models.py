@@ -267,6 +267,8 @@ def _answers(model, xb)->tuple: # (tensors: the outputs in evaluation mode and i
         for b, was in buffers: b.copy_(was)
     return [o for o in res if isinstance(o, torch.Tensor)], all(o.separate for o in counts)
 
+
+# %% ../nbs/02_models.ipynb #14894f39
 def _some_images(model)->torch.Tensor:
     "A batch that the model takes, by trying."
     layer = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), None)

@@ -8,7 +8,7 @@ from torch import nn
 from qisal.core import WEIGHT_QUANTIZERS, BadInput
 from qisal.models import get_model, separate_relus, small_cnn
 from qisal.quant import (ALPHA_MIN, PACT, ConversionError, InputQuant, apply_quant_config, bake, best_alpha, bit_policy, calibrate, compile_pact, convert, has_compiler, pact, pacts, quant_config,
-                         quant_layers, quantize_weight, strip, weight_codes)
+                         quant_layers, quantize_weight, n_levels, sawb_clip, strip, weight_codes)
 
 devices = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))]
 
@@ -303,3 +303,179 @@ def test_best_alpha_at_its_edges(bits):
     assert best_alpha(torch.rand(4096, dtype=torch.bfloat16), bits) <= 1
     grid = torch.arange(2**bits)*.5  # values that are on a grid already: nothing has to change
     assert best_alpha(grid, bits) == pytest.approx(grid.max().item(), rel=.02)
+
+
+# --- every type, every number of threads ---
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('method', WEIGHT_QUANTIZERS)
+@pytest.mark.parametrize('bits', [2, 3, 4, 5, 8])
+@pytest.mark.parametrize('per_channel', [False, True])
+def test_a_weight_is_quantized_alike_in_every_type(dtype, method, bits, per_channel):
+    "The result in float64 of the weights as their type holds them, rounded to that type; from 1e-4 (below float16's normal numbers) to 1e3."
+    torch.manual_seed(0)
+    for size in (1e-4, .05, 1., 1e3):
+        w = (torch.randn(8, 4, 3, 3)*size).to(dtype)
+        got, want = quantize_weight(w, bits, method, per_channel), quantize_weight(w.double(), bits, method, per_channel)
+        step = weight_codes(w.double(), bits, method, per_channel)[1]
+        off = (got.double() - want).abs()
+        unit = 2*torch.finfo(dtype).eps*want.abs() + torch.finfo(dtype).smallest_normal*torch.finfo(dtype).eps
+        assert got.dtype == dtype and ((off <= unit).double().mean() > .98) and (off <= 2*step*1.01 + unit).all()  # a tie may fall to the other side
+        codes, scale = weight_codes(w, bits, method, per_channel)
+        assert torch.equal((codes*scale).to(dtype), got) and scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        clip = sawb_clip(w, bits, method == 'sawb_zero', per_channel) if method != 'dorefa' else None
+        if clip is not None: assert torch.allclose(clip.double(), sawb_clip(w.double(), bits, method == 'sawb_zero', per_channel), rtol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('method', WEIGHT_QUANTIZERS)
+def test_gradients_of_weights_in_every_type(dtype, method):
+    "Straight through; a channel of zeros gets the gradient of the others, neither none nor a huge one."
+    torch.manual_seed(0)
+    w = (torch.randn(4, 20)*.01).to(dtype)
+    w[1] = 0
+    for per_channel in (False, True):
+        v = w.clone().requires_grad_()
+        q = quantize_weight(v, 4, method, per_channel)
+        q.sum().backward()
+        assert v.grad.dtype == dtype and torch.isfinite(v.grad).all() and (v.grad[1] - 1).abs().max() < .05
+        assert q[1].abs().max() <= q.abs().max()/10 and torch.isfinite(q).all()  # zero, or the level next to it
+        z = torch.zeros(3, 3, dtype=dtype, requires_grad=True)
+        quantize_weight(z, 4, method, per_channel).sum().backward()
+        assert torch.equal(z.grad, torch.ones_like(z)) and quantize_weight(z, 4, method, per_channel).float().abs().max() < 1e-20
+    assert torch.isfinite(torch.autograd.grad(quantize_weight(z, 4, 'dorefa', rescale=False).sum(), z)[0]).all()
+
+
+@pytest.mark.parametrize('per_channel', [False, True])
+def test_a_channel_of_zeros_has_a_scale(per_channel):
+    "One that float32 holds and that is above 0, with and without a level of zero."
+    w = torch.randn(4, 20)
+    w[1] = 0
+    for method in WEIGHT_QUANTIZERS:
+        for bits in (2, 4, 8):
+            codes, scale = weight_codes(w, bits, method, per_channel)
+            assert (scale > torch.finfo(torch.float32).tiny).all()
+            if n_levels(bits, method) % 2: assert (codes[1] == 0).all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_a_network_in_another_type_is_near(dtype):
+    "The 16-bit types round what the layers pass on, so that some values fall on the next level."
+    torch.manual_seed(0)
+    x = torch.randn(64, 1, 28, 28)
+    net = convert(small_cnn(), bit_policy('4'), x).eval()
+    with torch.no_grad():
+        want = net(x)
+        got = copy.deepcopy(net).to(dtype)(x.to(dtype))
+        assert got.dtype == dtype and (got.float() - want).abs().mean() < {torch.float16: .1, torch.bfloat16: .3, torch.float64: .01}[dtype]*want.abs().mean()
+        baked = bake(copy.deepcopy(net).to(dtype))
+        assert torch.equal(baked(x.to(dtype)), got)
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 5, 8])
+def test_the_clip_does_not_depend_on_the_number_of_threads(bits):
+    had = torch.get_num_threads()
+    try:
+        for seed in range(6):
+            torch.manual_seed(seed)
+            w = torch.randn(128, 1152)*.05
+            res = []
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                res.append([sawb_clip(w, bits), sawb_clip(w, bits, True), sawb_clip(w, bits, per_channel=True), quantize_weight(w, bits), quantize_weight(w, bits, 'dorefa'), torch.tensor(best_alpha(w, bits))])
+            for o in res[1:]: assert all(torch.equal(a, b) for a, b in zip(res[0], o))
+    finally: torch.set_num_threads(had)
+
+
+def test_moments_are_those_of_float64():
+    torch.manual_seed(0)
+    w = torch.randn(64, 1152)*.05 + .01
+    v = w.double().numpy()
+    for bits, (c1, c2) in {2: (3.12, -2.064), 3: (7.509, -6.892), 4: (12.68, -12.80), 5: (17.74, -18.64)}.items():
+        want = c1*np.sqrt((v**2).mean()) + c2*np.abs(v).mean()
+        assert sawb_clip(w, bits).item() == np.float32(want)
+        rows = c1*np.sqrt((v**2).mean(1)) + c2*np.abs(v).mean(1)
+        np.testing.assert_allclose(sawb_clip(w, bits, per_channel=True).flatten(), rows.astype(np.float32), rtol=1e-7)
+
+
+@pytest.mark.parametrize('zero', [False, True])
+@pytest.mark.parametrize('make', [lambda: torch.rand(16, 50) - .5, lambda: torch.randn(16, 50), lambda: torch.distributions.Laplace(0., 1.).sample((16, 50))])
+def test_at_8_bits_nothing_is_cut_off(zero, make):
+    torch.manual_seed(0)
+    w = make()
+    method = 'sawb_zero' if zero else 'sawb'
+    assert sawb_clip(w, 8, zero) == w.abs().max() and torch.equal(sawb_clip(w, 8, zero, True).flatten(), w.abs().amax(1))
+    assert (quantize_weight(w, 8, method) - w).abs().max() <= w.abs().max()/127/2*1.0001
+    codes, scale = weight_codes(w, 8, method)
+    assert codes.abs().max() == 127 and scale*127 == pytest.approx(w.abs().max().item())
+
+
+# --- compiled is eager ---
+
+LAYOUTS = dict(plain=lambda x: x, channels_last=lambda x: x.to(memory_format=torch.channels_last), one_channel=lambda x: x[:, :1].to(memory_format=torch.channels_last),
+               transposed=lambda x: x.transpose(1, 3), sliced=lambda x: x[:, ::2], flat=lambda x: x.reshape(-1), half=lambda x: x.half(), double=lambda x: x.double())
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_compiled_and_eager_agree_in_everything(layout, compiled):
+    "Values (NaN, infinities and zeros among them), gradients, layout, and what may be done with the result in place."
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, 36, 36)*2
+    x.view(-1)[:8] = torch.tensor([0., -0., 2.5, -1e-30, 1e30, -1e30, float('inf'), float('-inf')])
+    x = LAYOUTS[layout](x)
+    res = []
+    for on in (False, True):
+        compile_pact(on)
+        leaf, alpha = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(), torch.tensor(2.5, requires_grad=True)
+        inner = leaf*1.
+        y = pact(inner, alpha, 4)
+        assert not y._is_view() and y._base is None and y.is_contiguous() == inner.is_contiguous() and y.stride() == inner.stride()
+        got = y.detach().clone()
+        with torch.no_grad(): inner.zero_()  # PACT keeps no number of its input
+        y.mul_(2).add_(1)  # nor of its result
+        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        y.backward(g)
+        res.append((got, leaf.grad, alpha.grad))
+    compile_pact(True)
+    (y0, g0, a0), (y1, g1, a1) = res
+    assert torch.equal(y0, y1) and torch.equal(g0, g1) and g0.is_contiguous() == g1.is_contiguous() and y0.dtype == y1.dtype
+    assert torch.allclose(a0, a1, rtol=1e-5, atol=1e-5*g0.abs().sum())
+
+
+def test_nan_stays_nan_either_way(compiled):
+    x = torch.randn(8192)
+    x[5] = float('nan')
+    for on in (False, True):
+        compile_pact(on)
+        y = pact(x.clone().requires_grad_(), torch.tensor(1., requires_grad=True), 4)
+        assert y[5].isnan() and y.isnan().sum() == 1
+
+
+@pytest.mark.parametrize('layer', [nn.Dropout(.2, inplace=True), nn.Hardtanh(inplace=True), nn.Threshold(.1, 0., inplace=True)])
+def test_a_layer_may_change_the_result_in_place(layer, compiled):
+    grads = []
+    for on in (False, True):
+        compile_pact(on)
+        torch.manual_seed(0)
+        m = nn.Sequential(nn.Conv2d(1, 8, 3), PACT(4, 1.), copy.deepcopy(layer), nn.Flatten(), nn.Linear(8*26*26, 5))
+        m(torch.randn(4, 1, 28, 28)).square().sum().backward()
+        grads.append([p.grad for p in m.parameters()])
+    for a, b in zip(*grads): assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_converted_network_can_be_compiled_whole(compiler):
+    torch.manual_seed(0)
+    x = torch.randn(4, 1, 12, 12)
+    m = convert(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 5)), bit_policy('4'), x)
+    grads = []
+    for f in (m, torch.compile(m)):
+        m.zero_grad()
+        y = f(x)
+        y.square().sum().backward()
+        grads.append([y.detach(), *(p.grad.clone() for p in m.parameters())])
+    for a, b in zip(*grads): assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    wrapped = torch.compile(nn.Sequential(nn.Flatten(), nn.Linear(144, 5)))
+    assert convert(wrapped, bit_policy('4'), x) is wrapped and len(quant_layers(wrapped)) == 1
