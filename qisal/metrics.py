@@ -127,7 +127,7 @@ FRACS = tuple(i/10 for i in range(10))
 def pixel_rank(
     saliency:torch.Tensor, # N x H x W, larger means more important
     order:str='morf', # 'morf': the most important pixel gets rank 0; 'lerf': the least important one
-    ties:torch.Tensor=None, # N x H x W random numbers: of equal pixels the one with the smallest goes first; None: drawn with seed 0
+    ties:torch.Tensor=None, # N x H x W random numbers: of equal pixels the smallest's goes first; None: drawn with seed 0
 )->torch.Tensor: # N x H x W int64, in each image a permutation of 0 ... H*W - 1
     "The turn in which each pixel is removed; chance decides between equal values, the same chance on every device."
     check_in('order', order, ORDERS)
@@ -172,7 +172,8 @@ def _maps(model, x, y, method, draws, kw):
             xg = x.clone().requires_grad_()
             pred = _check_logits(model(xg), len(y), int(y.max()))
             return _as_maps(saliency_gradient(pred, xg, y), x), pred.detach()
-        a = method(model, x, y) if callable(method) else attribute(model, x, y, method, **{'generator': draws['smoothgrad'], **kw})
+        kw = {'generator': draws['smoothgrad'], **kw}
+        a = method(model, x, y) if callable(method) else attribute(model, x, y, method, **kw)
     return _as_maps(a, x), None
 
 # %% ../nbs/07_metrics.ipynb #76053384
@@ -211,7 +212,7 @@ def road_fill(
     tol:float=1e-5, # An image is done when no equation is off by more than this times its largest magnitude
     max_iter:int=1000, # Largest number of iterations; 40 do for 28 x 28 pixels
 )->torch.Tensor: # New images N x C x H x W; kept pixels are untouched
-    "Noisy linear imputation (Rong et al. 2022) of all images at once, solved in float32 or better. Raises `BadInput` if a mask leaves nothing."
+    "Noisy linear imputation (Rong et al. 2022), solved in float32 or better. Raises `BadInput` if a mask leaves nothing."
     if mask.dtype != torch.bool or mask.shape != (len(x), *x.shape[2:]): raise BadInput(f"mask is {mask.dtype} {tuple(mask.shape)}; it must be bool {(len(x), *x.shape[2:])}.")
     if mask.flatten(1).all(1).any(): raise BadInput("a mask removes every pixel of an image; keep at least one to fill the rest from.")
     wide = x if x.dtype == torch.float64 else x.float()
@@ -248,7 +249,7 @@ def _kw_of(kw, start, n):
     "Arguments for images `start` to `start + n`: a baseline for each image is cut out."
     base = kw.get('baseline')
     if not _per_image(base): return kw
-    if len(base) < start + n: raise BadInput(f"the baseline has {len(base)} images, the data more; give one for all, or one for each.")
+    if len(base) < start + n: raise BadInput(f"the baseline has {len(base)} images, the data more; give one, or one for each.")
     return {**kw, 'baseline': base[start:start + n]}
 
 def _per_image(base): return isinstance(base, torch.Tensor) and base.ndim == 4 and len(base) > 1
@@ -256,7 +257,8 @@ def _per_image(base): return isinstance(base, torch.Tensor) and base.ndim == 4 a
 def _check_used(kw, n):
     "Baselines per image must have been one for each of all `n` images."
     base = kw.get('baseline')
-    if _per_image(base) and len(base) != n: raise BadInput(f"the baseline has {len(base)} images, the data {n}; give one for all, or one for each.")
+    if _per_image(base) and len(base) != n:
+        raise BadInput(f"the baseline has {len(base)} images, the data {n}; give one for all, or one for each.")
 
 def _streams(seed, names):
     "A generator for each name, independent of the others and of how many there are."
@@ -275,7 +277,7 @@ def _fillers(x, fills, draws):
 # %% ../nbs/07_metrics.ipynb #b8bfb5bf
 @torch.no_grad()
 def _judge(model, run, x, y, methods, orders, fills, levels, draws, own, kw):
-    "(right or wrong, methods x fills x orders x levels x images; blank maps, methods x images) of one batch; `run` is the forward pass."
+    "(right or wrong, methods x fills x orders x levels x images; blank maps, methods x images) of one batch."
     right = torch.zeros(len(methods), len(fills), len(orders), len(levels), len(y), dtype=torch.bool, device=x.device)
     blank = torch.zeros(len(methods), len(y), dtype=torch.bool, device=x.device)
     top, filler, clean = int(y.max()), _fillers(x, fills, draws), None
@@ -294,7 +296,8 @@ def _judge(model, run, x, y, methods, orders, fills, levels, draws, own, kw):
 def _tell_blank(blank, n, share=.1):
     "Warn of attributions that hold nothing for more than `share` of the images."
     for name, k in blank.items():
-        if k > share*n: warnings.warn(f"{name}: {k:,} of {n:,} maps are blank (all pixels alike), so chance alone orders their pixels; the curve says little about the rest.", stacklevel=3)
+        if k > share*n:
+            warnings.warn(f"{name}: {k:,} of {n:,} maps are blank (all pixels alike), so chance alone orders their pixels.", stacklevel=3)
 
 # %% ../nbs/07_metrics.ipynb #23204d01
 def _plan(model, attributions, fills, orders, fracs, attr_kw):
@@ -319,15 +322,16 @@ def masking_curves(
     orders=('morf',), # 'morf', 'lerf' or both
     seed:int=0, # Decides the random control, ties, random fill, ROAD's noise and SmoothGrad's
     batch_size:int=256, # Images at once, for a pair (x, y); a loader has its own
-    attr_kw:dict=None, # Attribution's name -> further arguments of `attribute`, such as dict(smoothgrad=dict(n_samples=25)); a baseline per image has one for each of the data
+    attr_kw:dict=None, # Attribution's name -> further arguments of `attribute`, such as dict(smoothgrad=dict(n_samples=25))
     return_correct:bool=False, # Also which images were right? A bool array, rows of the table x images in the data's order
-)->pd.DataFrame: # One row a combination: attribution, fill, order, frac, accuracy, n (images), blank (of their maps); with `return_correct` a pair (table, array)
+)->pd.DataFrame: # A row a combination: attribution, fill, order, frac, accuracy, n (images), blank (maps); or (table, array)
     "Accuracy of all combinations in one pass over all the data. Raises `BadInput` before any work, or at the first batch that doesn't fit."
     attr_kw = attr_kw or {}
     methods, fracs = _plan(model, attributions, fills, orders, fracs, attr_kw)
     check_range('seed', seed, 0, kind=int)
     check_range('batch_size', batch_size, 1, kind=int)
-    draws, own = _streams(seed, ('fill', 'road', 'ties')), {o: _streams(seed, ('control', 'smoothgrad')) for o in methods}
+    draws = _streams(seed, ('fill', 'road', 'ties'))
+    own = {o: _streams(seed, ('control', 'smoothgrad')) for o in methods}
     n, right, blank, kept = 0, 0, 0, []
     p, run = next(model.parameters(), None), _in_best_layout(model)
     with keep_rng(seed, None if p is None else p.device), eval_mode(model):
@@ -381,7 +385,7 @@ def masking_curve(
     batch_size:int=256, # Images at once, for a pair (x, y); a loader has its own
     return_correct:bool=False, # Also which images were right? A bool array, levels x images in the data's order
     **attr_kw, # Further arguments of `attribute`, such as n_samples=25
-)->pd.DataFrame: # Columns frac and accuracy, both in [0, 1]; `attrs` has auc, attribution, fill, order, n (images), blank (of their maps), seed. With `return_correct` a pair (table, array)
+)->pd.DataFrame: # Columns frac, accuracy; `attrs`: auc, attribution, fill, order, n (images), blank (maps), seed; or (table, array)
     "Accuracy on all the data as more and more pixels are removed; no retraining. Raises `BadInput` before any work, or at the first batch that doesn't fit."
     name = attribution if isinstance(attribution, str) else getattr(attribution, '__name__', type(attribution).__name__)
     df, correct = masking_curves(model, dl_or_xy, {name: attribution}, fracs, (fill,), (order,), seed, batch_size,
@@ -455,7 +459,7 @@ def map_similarity(
     b, # Maps of the same images, same shape
     method:str='spearman', # 'spearman', 'topk' or 'ssim'
     top:float=.1, # 'topk' only: share of the pixels that counts as top, in (0, 1)
-)->np.ndarray: # N numbers; 1 means the same ('topk': and no ties for the last places); NaN where a map is constant, which has no order and no structure
+)->np.ndarray: # N numbers; 1: the same ('topk': without ties for the last places); NaN where a map is constant
     "How alike each pair of maps is. Raises `BadInput` for an unknown method or shapes that don't match."
     check_in('method', method, SIMILARITIES)
     check_range('top', top, 0, 1, lo_open=True, hi_open=True)
@@ -517,7 +521,7 @@ def sanity_check(
     similarity:str='spearman', # 'spearman', 'topk' or 'ssim', of magnitudes
     seed:int=0, # Decides the new weights
     **attr_kw, # Further arguments of `attribute`
-)->pd.DataFrame: # A row a step: layer ('none' first), similarity (mean over images), low and high (5th and 95th percentile), blank (images left out, a map of theirs being constant)
+)->pd.DataFrame: # A row a step: layer ('none' first), similarity (mean), low, high (5th, 95th percentile), blank (images left out)
     "Cascading parameter randomization, last layer first. Raises `BadInput` before any work."
     _check_model(model)
     _check_attribution(attribution)

@@ -199,7 +199,7 @@ def _smoothgrad(model, xb, yb, o):
     span = xb.amax((1, 2, 3), keepdim=True) - xb.amin((1, 2, 3), keepdim=True)
     std = o['noise']*torch.where(span > 0, span, 1.)
     total, copies = torch.zeros_like(xb), len(xb)*o['n_samples']
-    for start in range(0, copies, o['batch_size']):  # image after image, so that each finds the same noise in the stream whatever the batch
+    for start in range(0, copies, o['batch_size']):  # image after image: each finds the same noise whatever the batch
         i = torch.arange(start, min(start + o['batch_size'], copies), device=xb.device)//o['n_samples']
         noise = standard_normal((len(i), *xb.shape[1:]), o['generator'], xb.device).to(xb.dtype)
         total.index_add_(0, i, saliency_gradient(model, xb[i].addcmul(noise, std[i]), yb[i], o['score']))
@@ -211,11 +211,13 @@ def _baselines(base, xb, generator):
     if not isinstance(base, Tensor): return fill_values(xb, base, generator).expand_as(xb)
     try: return _plain(base).detach().to(xb).expand_as(xb)
     except RuntimeError as e:
-        raise BadInput(f"The baseline is {_shape(base)}; {len(xb)} images of {tuple(xb.shape[1:])} need one of that shape, or one each.") from e
+        raise BadInput(f"The baseline is {_shape(base)}; {len(xb)} images of {tuple(xb.shape[1:])} need one of that shape, "
+                       "or one each.") from e
 
 def _integrated_gradients(model, xb, yb, o):
     ig = _captum().IntegratedGradients(_forward(model, o['score']))
-    return ig.attribute(_leaf(xb), baselines=o['baseline'], target=yb, n_steps=o['n_steps'], internal_batch_size=max(len(xb), o['batch_size']))
+    return ig.attribute(_leaf(xb), baselines=o['baseline'], target=yb, n_steps=o['n_steps'],
+                        internal_batch_size=max(len(xb), o['batch_size']))
 
 @torch.no_grad()
 def completeness_gap(
@@ -229,7 +231,8 @@ def completeness_gap(
 )->Tensor: # N x 2, float32: the attributions' sum less the difference of the two scores, and that difference
     "By how much integrated gradients miss what they should sum to: the score of the image less that of the baseline."
     if isinstance(baseline, str) and baseline == 'random':
-        raise BadInput("baseline 'random' is drawn anew each time; give `attribute` and this function the same tensor, such as fill_values(xb, 'random').")
+        raise BadInput("baseline 'random' is drawn anew each time; give `attribute` and this function the same tensor, "
+                       "such as fill_values(xb, 'random').")
     xb = check_images(xb).detach()
     with eval_mode(model):
         with_image, without = (true_class_score(model(x), yb, score) for x in (xb, _baselines(baseline, xb, None)))
@@ -239,7 +242,7 @@ def completeness_gap(
 # %% ../nbs/05_saliency.ipynb #205c0ef3
 @torch.enable_grad()
 def _runs(layers, model, xb):
-    "(layer, output, does the answer depend on it?) of each call in turn, for four images of seeded noise shaped like `xb`'s."
+    "(layer, output, does the answer depend on it?) of each call in turn, for four images of seeded noise."
     seen, hooks = [], []
     x = standard_normal((4, *xb.shape[1:]), torch.Generator().manual_seed(0)).to(xb).requires_grad_()
     try:
@@ -263,19 +266,26 @@ def _convs(model):
 def cam_layer(
     model, # The network, in evaluation mode
     xb:Tensor, # Images, N x C x H x W; only their shape counts
-    layer:nn.Module=None, # The layer wished for; None: the last `nn.Conv2d` (or subclass) that runs and gives a map of more than one position
+    layer:nn.Module=None, # The layer wished for; None: the last `nn.Conv2d` that runs and gives a map of several positions
 )->nn.Module: # The layer
-    "The layer for Grad-CAM. It must run once, give a map of more than one position, and matter to the answer; else `BadInput`."
+    "The layer for Grad-CAM: it runs once, gives a map of several positions, and the answer depends on it; else `BadInput`."
     runs = _runs([layer] if layer else _convs(model), model, xb)
     maps = [m for m, out, _ in runs if _is_map(out)]
-    if not (layer or maps): raise BadInput(f"No Conv2d gives a map of more than one position for {tuple(xb.shape[2:])} pixels; pass layer=, or use another attribution.")
+    if not (layer or maps):
+        raise BadInput(f"No Conv2d gives a map of more than one position for {tuple(xb.shape[2:])} pixels; "
+                       "pass layer=, or use another attribution.")
     layer = layer or maps[-1]
     mine = [r for r in runs if r[0] is layer]
     name = next((f'Layer {k}' for k, m in getattr(model, 'named_modules', list)() if m is layer), 'The layer given')
-    if len(mine) != 1: raise BadInput(f"{name} runs {len(mine)} times for an image; gradcam needs a layer that runs once: pass another as layer=.")
+    if len(mine) != 1:
+        raise BadInput(f"{name} runs {len(mine)} times for an image; gradcam needs a layer that runs once: pass another as layer=.")
     [(_, out, matters)] = mine
-    if not _is_map(out): raise BadInput(f"{name} gives {_shape(out)} for 4 images; gradcam needs batch x channels x height x width with more than one position: pass an earlier layer as layer=.")
-    if not matters: raise BadInput(f"The answer does not depend on {name[0].lower()}{name[1:]} (a batch norm of weight 0 after it, as in untrained residual networks?): its map would be blank; pass another layer as layer=.")
+    if not _is_map(out):
+        raise BadInput(f"{name} gives {_shape(out)} for 4 images; gradcam needs batch x channels x height x width "
+                       "with more than one position: pass an earlier layer as layer=.")
+    if not matters:
+        raise BadInput(f"The answer does not depend on {name[0].lower()}{name[1:]} (a batch norm of weight 0 after it, "
+                       "as in untrained residual networks?): its map would be blank; pass another layer as layer=.")
     return layer
 
 def last_conv(
@@ -303,7 +313,7 @@ def attribute(
     n_samples:int=50, # smoothgrad: noisy copies an image
     noise:float=.15, # smoothgrad: standard deviation as a share of the image's range; the paper advises .1 to .2
     n_steps:int=50, # integrated_gradients: points on the path
-    baseline=0., # integrated_gradients: its start: a number, a fill's name, or a tensor for all images or for each; 0 is the training mean of normalised data
+    baseline=0., # integrated_gradients: its start: a number, a fill's name, or a tensor for all images or for each
     layer:nn.Module=None, # gradcam: the layer to look at; None: the last Conv2d that runs on more than one position
     batch_size:int=256, # Images in one pass, noisy copies and path points included; bounds the memory
     generator:torch.Generator=None, # smoothgrad and random: their source of chance; None: torch's own
@@ -321,7 +331,8 @@ def attribute(
         if method == 'gradcam': o['layer'] = cam_layer(model, xb, layer)
         f = method if callable(method) else lambda m, x, y: _METHODS[method](m, x, y, o)
         out = []
-        for x, y, o['baseline'] in zip(*(t.split(batch_size) for t in (xb, yb.long(), base))): out.append(_checked(f(model, x, y), x))
+        for x, y, o['baseline'] in zip(*(t.split(batch_size) for t in (xb, yb.long(), base))):
+            out.append(_checked(f(model, x, y), x))
     return torch.cat(out)
 
 def _checked(a, xb):

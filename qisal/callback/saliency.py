@@ -77,7 +77,7 @@ class LossParts:
         rec.before_fit = before_fit
 
     def _rest(self, learn):
-        "validate and get_preds hold the lock and train nothing: callbacks that monitor one of the names stand still until they are done."
+        "validate and get_preds train nothing: callbacks that monitor one of the names stand still until they are done."
         for o in learn.cbs:
             if getattr(o, 'monitor', None) in self.names: o.run = False  # fastai sets it back after the fit
 
@@ -148,7 +148,9 @@ class SaliencyMaskingCallback(Callback):
         self.learn.xb = self._user_xb
         pred, y = check_classes(self.learn.pred, self._label())
         self._pred = pred
-        if self.mode == 'exact': self._kl = self._masked_kl(self._grad if self._grad is not None else saliency_gradient(pred, self._x, y, self.score))
+        if self.mode == 'exact':
+            if self._grad is None: self._grad = saliency_gradient(pred, self._x, y, self.score)
+            self._kl = self._masked_kl(self._grad)
         else: self._autocast = torch.is_autocast_enabled(pred.device.type),torch.get_autocast_dtype(pred.device.type)
 
     def after_loss(self):
@@ -258,7 +260,7 @@ def study_style()->dict:
 def applied(
     settings:dict, # Some of matplotlib's `rcParams`
 ):
-    "Inside, these settings hold. Others stay: `rc_context` would undo what a backend sets when it is first used inside, and a notebook would show no figure after it."
+    "Inside, these settings hold; what else is set inside stays."  # rc_context would undo what a notebook's backend sets
     old = {k: rcParams[k] for k in settings}
     rcParams.update(settings)
     try: yield
@@ -279,10 +281,11 @@ def told_once():
     first = next((m for m in found if m), None)
     if first and not _missing_told:
         _missing_told = True
-        warnings.warn(f"The font {first[2]} lacks characters such as {chr(int(first[1]))!r}, which are drawn as boxes; install a font that has them and name it in matplotlib's font.family.", stacklevel=4)
+        warnings.warn(f"The font {first[2]} lacks characters such as {chr(int(first[1]))!r}, which are drawn as boxes; "
+                      "install a font that has them and name it in matplotlib's font.family.", stacklevel=4)
 
 class StudyFigure(Figure):
-    "A matplotlib `Figure` that is never set by LaTeX, whatever a matplotlibrc says, and that speaks once of missing characters."
+    "A matplotlib `Figure` that is never set by LaTeX, whatever a matplotlibrc says; missing characters are told once."
     @contextmanager
     def _as_text(self):
         with applied({'text.usetex': False, 'text.parse_math': True}), told_once():
@@ -308,7 +311,7 @@ def say_blank(
     ax, # The `Axes` that show the map
     map, # H x W magnitudes
 ):
-    "Write 'blank' over a map whose pixels are all alike, 'not finite' over one with NaN or infinity: neither explains anything."
+    "Write 'blank' over a map whose pixels are all alike, 'not finite' over one with NaN or infinity."
     word = 'not finite' if not np.isfinite(map).all() else 'blank' if np.ptp(map) <= 1e-6*np.max(map) else ''
     if word: ax.text(.5, .5, word, transform=ax.transAxes, ha='center', va='center', fontsize=9, color='.6')
 
