@@ -21,6 +21,21 @@ def test_help_lists_all_commands():
     r = qisal('--help')
     assert r.returncode == 0 and all(o in r.stdout for o in COMMANDS)
 
+def test_version():
+    import qisal as package
+    r = qisal('--version')
+    assert (r.returncode, r.stdout, r.stderr) == (0, f'qisal {package.__version__}\n', '')
+
+def test_help_of_bench_names_every_group_of_rows():
+    from qisal.bench import GROUPS
+    text = ' '.join(qisal('bench', '--help').stdout.split())
+    assert f"Groups of rows: {', '.join(GROUPS)}." in text
+
+@pytest.mark.parametrize('name', ['study', 'run'])
+def test_what_messages_advise_can_be_set(name):
+    text = qisal(name, '--help').stdout
+    assert all(o in text for o in ('--size', '--batch-size', '--lr', '--background'))
+
 @pytest.mark.parametrize('name', COMMANDS)
 def test_help_of_a_command_has_an_example(name):
     r = qisal(name, '--help')
