@@ -41,7 +41,8 @@ def check_text(
 )->str: # `value`
     "Return `value` if it can be written as UTF-8, as all results are; else raise `BadInput`."
     try: value.encode()
-    except UnicodeEncodeError: raise BadInput(f"{name} {value!a} is not UTF-8 text (its strange bytes stand as \\udc..); {_way_to_utf8(value)}.") from None
+    except UnicodeEncodeError:
+        raise BadInput(f"{name} {value!a} is not UTF-8 text (its strange bytes stand as \\udc..); {_way_to_utf8(value)}.") from None
     return value
 
 def _way_to_utf8(value)->str:
@@ -85,7 +86,7 @@ BACKGROUNDS = dict(white=255, black=0)  # name -> grey level from 0 to 255
 # %% ../nbs/00_core.ipynb #5d1c9e20
 def as_whole(
     value, # Anything
-): # `int` for a whole number of any type (4.0, a numpy number) and for text that reads as one ('4', '4.0'); everything else as it is
+): # `int` for a whole number of any type (4.0, numpy's) and for text that reads as one ('4.0'); all else as it is
     "A number as it was meant, whether a table, a file or a command brought it."
     if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)): return value
     try: number = float(value)
@@ -148,7 +149,7 @@ class RunSpec:
     epochs: int = 5  # passes over the training set
     n_train: int|None = None  # number of training images; None: all
     sample: bool = False  # the embedded sample of real images instead of the full set?
-    batch_size: int|None = None  # images a step; None: 128, or fewer where that makes less than four steps (`fitting_batch`)
+    batch_size: int|None = None  # images a step; None: 128, or fewer for a small set (`fitting_batch`)
     lr: float = 1e-3  # highest learning rate of the one-cycle schedule (Adam)
     valid_pct: float = 0.1  # share of the training images set aside for validation
     weight_quantizer: str = 'sawb'  # one of `WEIGHT_QUANTIZERS`
@@ -161,7 +162,7 @@ class RunSpec:
     mode: str = 'exact'  # one of `MODES`: guidance as published, or a cheaper estimate of it
     attributions: tuple = ('gradient', 'random')  # attributions whose masking curves are measured
     mask_fill: str|float = 'corner'  # fill of the masking curves: one of `FILLS`, 'road' or a number
-    size: int|None = None  # of a folder's images: height and width in pixels, 8 to 1024; None: chosen from the images (`qisal.data.fitting_size`)
+    size: int|None = None  # of a folder's images: height and width in pixels, 8 to 1024; None: chosen from them
     background: str = 'white'  # what a folder's transparent images are laid over: one of `BACKGROUNDS`
 
     def __post_init__(self):
@@ -180,14 +181,14 @@ class RunSpec:
 
     @classmethod
     def from_dict(cls, d:dict):
-        "A spec from its fields, as `to_dict` gave them; an unknown name raises `BadInput`, and a field that is younger than `d` gets the value from before it."
+        "A spec from stored fields. An unknown name raises `BadInput`; a field younger than `d` gets the value from before it."
         allowed = [f.name for f in fields(cls)]
         for k in d: check_in('parameter', k, allowed)
         return cls(**complete_fields(d))
 
     @property
     def fingerprint(self)->str:
-        "SHA-256 of the canonical JSON, as 64 hex digits. A younger field counts where it differs from the value before it, so that runs keep their names."
+        "SHA-256 of the canonical JSON, as 64 hex digits. Younger fields at their old value don't count: runs keep their names."
         d = self.to_dict()
         for k, v in _before(self.dataset).items():
             if d[k] == v: del d[k]
@@ -197,7 +198,7 @@ class RunSpec:
 def _canonical(d)->str: return json.dumps(d, sort_keys=True, separators=(',', ':'))
 
 def _flag(name, v)->bool:
-    if type(v).__name__ not in ('bool', 'bool_'): raise BadInput(f"{name} is {v!r}; it must be True or False.")  # numpy's bool is bool or bool_
+    if type(v).__name__ not in ('bool', 'bool_'): raise BadInput(f"{name} is {v!r}; it must be True or False.")  # bool_: numpy's
     return bool(v)
 
 def _fill(name, v, names):
@@ -208,7 +209,8 @@ def _fill(name, v, names):
 def _check_names(s):
     "The fields of a spec that are words."
     if not (isinstance(s.dataset, str) and s.dataset.startswith('folder:')): check_in('dataset', s.dataset, (*DATASETS, 'folder:PATH'))
-    elif s.sample: raise BadInput("sample=True needs an embedded dataset (mnist, fashion_mnist); a folder has none. Leave sample out; n_train takes fewer images of the folder.")
+    elif s.sample: raise BadInput("sample=True needs an embedded dataset (mnist, fashion_mnist); a folder has none. "
+                                  "Leave sample out; n_train takes fewer images of the folder.")
     check_text('dataset', s.dataset)
     if s.sample and s.dataset == 'cifar10': raise BadInput("cifar10 has no embedded sample (its images carry no licence); drop sample=True or use mnist or fashion_mnist.")
     _put(s, bits=as_bits(s.bits))
@@ -228,9 +230,10 @@ def _put(s, **values):
     for k, v in values.items(): object.__setattr__(s, k, v)
 
 def _check_numbers(s):
-    "The fields of a spec that are numbers; they become Python's `int` and `float`, so that equal specs have equal JSON."
+    "The fields that are numbers; they become Python's `int` and `float`, so that equal specs have equal JSON."
     whole = lambda v: v if isinstance(v, str) else as_whole(v)
-    for name, lo, hi in (('epochs', 1, None), ('batch_size', 1, None), ('n_train', 1, None), ('size', 8, 1024), ('seed', 0, 2**32 - 1)):
+    limits = dict(epochs=(1, None), batch_size=(1, None), n_train=(1, None), size=(8, 1024), seed=(0, 2**32 - 1))
+    for name, (lo, hi) in limits.items():
         v = getattr(s, name)
         if v is None and name in ('batch_size', 'n_train', 'size'): continue
         _put(s, **{name: check_range(name, whole(v), lo, hi, kind=int)})
@@ -240,10 +243,15 @@ def _check_numbers(s):
         _put(s, **{name: check_range(name, getattr(s, name), lo, hi, **kw)})
 
 def _check_folder(s):
-    "What is for folders only; the batch of a named set, whose images are counted, is settled here."
-    if s.dataset.startswith('folder:'): return
+    "What is for folders only, and fits the network; the batch of a named set, whose images are counted, is settled here."
+    if s.dataset.startswith('folder:'):
+        least = 12 if s.arch == 'lenet5' else 8
+        if s.size is not None and s.size < least:
+            raise BadInput(f"size is {s.size}, but {s.arch} needs {least} pixels or more; make size larger or choose another arch.")
+        return
     for k, v in _before(s.dataset).items():
-        if getattr(s, k) != v: raise BadInput(f"{k} is for folder:PATH only, not for {s.dataset}, whose images are as they are; leave it out.")
+        if getattr(s, k) == v: continue
+        raise BadInput(f"{k} is for folder:PATH only, not for {s.dataset}, whose images are as they are; leave it out.")
     if s.batch_size is None: _put(s, batch_size=128 if s.n_train is None else fitting_batch(s.n_train))
 
 
@@ -376,9 +384,10 @@ def asset(
 # %% ../nbs/00_core.ipynb #4f8b2e16
 def home_folder()->Path|None:
     "The user's home folder; None where there is none, or it can't be written."
+    if os.environ.get('HOME') == '': return None  # which Python takes for the root folder
     try: home = Path.home()
     except RuntimeError: return None
-    return home if home.is_absolute() and os.access(home, os.W_OK | os.X_OK) else None
+    return home if os.access(home, os.W_OK | os.X_OK) else None
 
 def home_variables(
     folder, # A folder that can be written

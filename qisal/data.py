@@ -22,7 +22,8 @@ import numpy as np, torch
 from PIL import Image, ImageOps
 from fastcore.basics import patch
 
-from .core import BACKGROUNDS, DATASETS, BadInput, RunSpec, asset, check_in, check_range, check_text, fitting_batch, lay_over, read_json, sha256_array, write_atomic
+from .core import (BACKGROUNDS, DATASETS, BadInput, RunSpec, asset, check_in, check_range, check_text, fitting_batch, lay_over,
+                        read_json, sha256_array, write_atomic)
 
 # %% ../nbs/01_data.ipynb #09ae560b
 import warnings
@@ -491,13 +492,14 @@ def _open_all(files, size, background)->list:
     "All images as PIL images; says how many were transparent, and how many files hold more than one."
     imgs, transparent, more = zip(*[_open_image(o, size, background) for o in files])
     other = next(o for o in BACKGROUNDS if o != background)
-    if n := sum(transparent): _say(f"{_count(n, 'transparent image')} laid over {background}; background='{other}' (--background {other}) lays them over {other}.")
+    if n := sum(transparent):
+        _say(f"{_count(n, 'transparent image')} laid over {background}; background='{other}' (--background {other}) lays them over {other}.")
     if n := sum(more): _say(f"{_count(n, 'file')} with several pictures: the first of each is taken.")
     return list(imgs)
 
 def folder_arrays(
     path, # Folder with one subfolder a class, three images or more in each
-    size:int=None, # Height and width in pixels after scaling and centre-cropping, 8 to 1024; None: `fitting_size` of the images
+    size:int=None, # Height and width in pixels after scaling and centre-cropping, 8 to 1024; None: `fitting_size`
     test_pct:float=.2, # Share of each class that becomes the test set, between 0 and 1
     seed:int=0, # Chooses the test images
     background:str='white', # What transparent images are laid over: 'white' or 'black'
@@ -651,13 +653,15 @@ _HOOKS = ('after_item', 'before_batch', 'create_item', 'create_batch', 'create_b
 
 def _check_hooks(given):
     "Refuse what a loader without items would pass by in silence."
-    way = "the images are served as plain tensors, a batch at a time. Use fastai's ImageDataLoaders for augmentation, or give after_batch a function of a batch"
+    way = ("the images are served as plain tensors, a batch at a time. Use fastai's ImageDataLoaders for augmentation, "
+           "or give after_batch a function of a batch")
     for k in _HOOKS:
         if given.get(k) is not None: raise BadInput(f"{k} has no place in a ResidentDL: {way}.")
     f = given.get('after_batch')
     fs = list(f) if isinstance(f, (list, tuple)) else list(getattr(f, 'fs', [f]))
     theirs = [type(o).__name__ for o in fs if type(o).__module__.startswith('fastai.')]
-    if theirs or isinstance(f, (list, tuple)): raise BadInput(f"after_batch is {', '.join(theirs) or f}, which a ResidentDL can't apply: {way}.")
+    if theirs or isinstance(f, (list, tuple)):
+        raise BadInput(f"after_batch is {', '.join(theirs) or f}, which a ResidentDL can't apply: {way}.")
 
 class ResidentDL(DataLoader):
     "fastai `DataLoader` over a `ResidentDataset`: batches are sliced whole; the order depends on `seed` and the pass alone."
@@ -671,7 +675,8 @@ class ResidentDL(DataLoader):
         device=None, # Where images and batches live; None: where they are
         **kwargs, # Further fastai `DataLoader` arguments, such as `after_batch` or `get_idxs`
     ):
-        if not isinstance(dataset, ResidentDataset): raise BadInput(f"ResidentDL serves a ResidentDataset, not a {type(dataset).__name__}; dls.test_dl(items) makes a loader of new images.")
+        if not isinstance(dataset, ResidentDataset):
+            raise BadInput(f"ResidentDL serves a ResidentDataset, not a {type(dataset).__name__}; dls.test_dl(items) makes a loader of new images.")
         _check_hooks(kwargs)
         kwargs.pop('num_workers', None)
         self.seed, self.passes = seed, passes
@@ -708,7 +713,9 @@ class ResidentDL(DataLoader):
         return self._batch(torch.as_tensor(np.asarray(self.get_idxs())))
 
     def _check_full(self):
-        if len(self.dataset) == 0: raise BadInput("This loader holds no images (none travel in an exported or pickled learner); give the learner its data again: learn.dls = get_dls(...).")
+        if len(self.dataset): return
+        raise BadInput("This loader holds no images (none travel in an exported or pickled learner); "
+                       "give the learner its data again: learn.dls = get_dls(...).")
 
     def new(self, dataset=None, cls=None, **kwargs):
         "A copy with some arguments changed."
@@ -766,11 +773,14 @@ def _item(o, like, background, i)->torch.Tensor:
     elif isinstance(o, Image.Image):
         try: o = _fit(o, want, background)
         except BadInput as e: raise BadInput(f"image {i} {e}") from e
-    if isinstance(o, np.ndarray) and o.dtype == np.uint8: o = torch.tensor(o).reshape(*o.shape[:2], -1).permute(2, 0, 1)
+    if isinstance(o, np.ndarray) and o.dtype == np.uint8 and o.ndim in (2, 3): o = torch.tensor(o).reshape(*o.shape[:2], -1).permute(2, 0, 1)
     if not isinstance(o, torch.Tensor) or not (o.dtype == torch.uint8 or o.is_floating_point()):
-        raise BadInput(f"image {i} is of type {getattr(o, 'dtype', type(o).__name__)}; give a file, a PIL image, uint8 pixels, or a normalized float tensor.")
+        kind = getattr(o, 'dtype', type(o).__name__)
+        raise BadInput(f"image {i} is of type {kind}; give a file, a PIL image, uint8 pixels, or a normalized float tensor.")
     if o.ndim == 2: o = o[None]
-    if o.shape != want: raise BadInput(f"image {i} has the shape {tuple(o.shape)}, the others {want}; bring it to that, or give a file or a PIL image, which is scaled and cropped.")
+    if o.shape != want:
+        raise BadInput(f"image {i} has the shape {tuple(o.shape)}, the others {want}; "
+                       f"bring it to that, or give a file or a PIL image, which is scaled and cropped.")
     return like.normalize(o.to(like.x.device)).float()
 
 def _fit(img, shape, background)->np.ndarray: # uint8 H x W x C
@@ -824,7 +834,7 @@ def get_dls(
     *,
     n_train:int=None, # Images to learn from, counted after the validation images are taken away; None: all of them
     sample:bool=False, # The embedded sample (2,000 + 1,000 images) instead of the whole set?
-    batch_size:int=None, # Images a batch; None: 128 as in the papers, or fewer where that makes less than four steps a pass
+    batch_size:int=None, # Images a batch; None: 128 as in the papers, or fewer for a small set (`fitting_batch`)
     valid_pct:float=.1, # Share of each class of the training set that becomes the validation set, between 0 and 1
     seed:int=0, # Decides the order of the training images, nothing else: the split is the same for all seeds
     root=None, # Folder of the cache; None: QISAL_DATA, else `~/.cache/qisal`
@@ -833,14 +843,14 @@ def get_dls(
     background:str='white', # For folders: what transparent images are laid over, 'white' or 'black'
 )->ResidentDLs: # `.train`, `.valid`, `.test`; `.vocab`, `.stats`, `.n_in`, `.size`, `.input_range`, `.checksums`, `.source`
     "Make `DataLoaders` for a dataset. Raises `BadInput` for anything that can't be, before any work is done on images."
-    spec = _wishes(spec_or_name, dict(n_train=n_train, sample=sample, batch_size=batch_size, valid_pct=valid_pct, seed=seed,
-                                      size=size, background=background))
+    given = dict(n_train=n_train, sample=sample, batch_size=batch_size, valid_pct=valid_pct, seed=seed, size=size, background=background)
+    spec = _wishes(spec_or_name, given)
     a = _arrays_of(spec, root)
     train, valid = stratified_split(a.y_train, spec.valid_pct)
     n = len(train) if spec.n_train is None else spec.n_train
     if n > len(train): raise BadInput(f"n_train is {n}; after {len(valid)} validation images are taken away, {a.name} has {len(train)} to learn from. Lower n_train, or leave it out to take all.")
     bs = fitting_batch(n) if spec.batch_size is None else spec.batch_size
-    if n < bs: raise BadInput(f"batch_size is {bs}, but there are only {n} training images; make it {n} or less, or leave it out for one that fits.")
+    if n < bs: raise BadInput(f"batch_size is {bs}, but there are only {n} training images; make it {n} or less, or leave it out.")
     train = train[balanced_subset(a.y_train[train], n)]
     stats = (INFO[a.name].mean, INFO[a.name].std) if a.name in INFO else pixel_stats(a.x_train[train])
     parts = (a.x_train[train], a.y_train[train]), (a.x_train[valid], a.y_train[valid]), (a.x_test, a.y_test)

@@ -38,3 +38,17 @@ def test_heavy_imports_wait():
 
 def test_package_itself_is_light():
     assert python("import json, sys, qisal; print(json.dumps([o for o in ('torch', 'numpy', 'pandas', 'fastai', 'matplotlib') if o in sys.modules]))") == []
+
+def test_modules_are_reached_through_the_package():
+    "After both star imports `save_model` is fastai's; ours needs no further import. So does every module after `import qisal` alone."
+    code = """import json
+from fastai.vision.all import *
+from qisal.all import *
+from qisal.all import OURS_BY_MODULE
+import qisal.all
+print(json.dumps([save_model.__module__, qisal.deploy.save_model.__module__, [eval(f'qisal.{m}.{o}').__module__ for o, m in OURS_BY_MODULE.items()]]))"""
+    theirs, ours, homes = python(code)
+    assert theirs == 'fastai.learner' and ours == 'qisal.deploy' and homes == [f'qisal.{m}' for m in A.OURS_BY_MODULE.values()]
+    modules = [*A.MODULES, 'bench', 'cli']
+    code = f"import json, qisal; print(json.dumps([eval(f'qisal.{{o}}').__name__ for o in {modules}] + [hasattr(qisal, 'nothing'), hasattr(qisal, '__wrapped__')]))"
+    assert python(code) == [f'qisal.{o}' for o in modules] + [False, False]

@@ -21,6 +21,21 @@ def test_help_lists_all_commands():
     r = qisal('--help')
     assert r.returncode == 0 and all(o in r.stdout for o in COMMANDS)
 
+def test_version():
+    import qisal as package
+    r = qisal('--version')
+    assert (r.returncode, r.stdout, r.stderr) == (0, f'qisal {package.__version__}\n', '')
+
+def test_help_of_bench_names_every_group_of_rows():
+    from qisal.bench import GROUPS
+    text = ' '.join(qisal('bench', '--help').stdout.split())
+    assert f"Groups of rows: {', '.join(GROUPS)}." in text
+
+@pytest.mark.parametrize('name', ['study', 'run'])
+def test_what_messages_advise_can_be_set(name):
+    text = qisal(name, '--help').stdout
+    assert all(o in text for o in ('--size', '--batch-size', '--lr', '--background'))
+
 @pytest.mark.parametrize('name', COMMANDS)
 def test_help_of_a_command_has_an_example(name):
     r = qisal(name, '--help')
@@ -269,11 +284,15 @@ def test_export_of_a_run_and_of_a_model_folder(tmp_path):
         assert r.returncode == 0 and f'model: {folder}' in r.stdout, r.stderr
         assert {o.name for o in (tmp_path/folder).iterdir()} == {'README.md', 'config.json', 'model.onnx'}
 
-@pytest.mark.parametrize('source,args,words', [('nowhere', [], ['nowhere']), ('float', [], ['float network', 'PACTCallback']), ('float', ['--opset', '20'], ['opset is 20']), ('float', ['--to', 'pickle'], ['pickle', 'packed']), ('empty', [], ['empty'])], ids=str)
+@pytest.mark.parametrize('source,args,words', [('nowhere', [], ['nowhere']), ('float', [], ['float network', 'qisal study --bits 4', 'PACTCallback']), ('low', ['--opset', '20'], ['opset is 20']), ('low', ['--to', 'pickle'], ['pickle', 'packed']), ('empty', [], ['empty'])], ids=str)
 def test_export_refuses_and_leaves_nothing(tmp_path, source, args, words):
     from qisal.deploy import save_model
+    import torch
     from qisal.models import lenet5
-    save_model(lenet5(), tmp_path/'float', classes=list('0123456789'), n_in=1, size=28, stats=([.5], [.5]))
+    from qisal.quant import bit_policy, convert
+    facts = dict(classes=list('0123456789'), n_in=1, size=28, stats=([.5], [.5]))
+    save_model(lenet5(), tmp_path/'float', **facts)
+    save_model(convert(lenet5(), bit_policy('2'), torch.randn(4, 1, 28, 28)), tmp_path/'low', **facts)
     (tmp_path/'empty').mkdir()
     refused(qisal('export', tmp_path/source, '--out', tmp_path/'out', *args), *words)
     assert not (tmp_path/'out').exists()

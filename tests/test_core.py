@@ -66,6 +66,10 @@ def test_sizes():
         with pytest.raises(BadInput, match='size is'): RunSpec(dataset='folder:photos', size=bad)
     with pytest.raises(BadInput, match='size is for folder:PATH only, not for cifar10'): RunSpec(dataset='cifar10', size=32)
 
+def test_size_fits_the_network():
+    assert RunSpec(dataset='folder:photos', size=8).size == 8 and RunSpec(dataset='folder:photos', arch='lenet5', size=12).size == 12
+    with pytest.raises(BadInput, match='size is 8, but lenet5 needs 12 pixels or more'): RunSpec(dataset='folder:photos', arch='lenet5', size=8)
+
 def test_background_is_for_folders():
     assert RunSpec(dataset='folder:a').fingerprint != RunSpec(dataset='folder:a', background='black').fingerprint
     with pytest.raises(BadInput, match="background 'grey' is unknown; allowed: white, black"): RunSpec(dataset='folder:a', background='grey')

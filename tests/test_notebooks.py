@@ -84,6 +84,27 @@ def test_export_cells_hold_one_idea(path):
     for i, c in code_cells(read(path)):
         if is_export(c): assert len(c.source.splitlines()) <= MAX_LINES, f'cell {i} has {len(c.source.splitlines())} lines'
 
+def mixes(cell):
+    "Does a cell that is not exported hold an import, also an inner one, beside anything else?"
+    if is_export(cell) or not run_code(cell) or cell.source.startswith('%%'): return False
+    tree = ast.parse('\n'.join('pass' if re.match(r'^\s*[!%]', o) else o for o in cell.source.splitlines()))
+    kinds = (ast.Import, ast.ImportFrom)
+    text = lambda o: isinstance(o, ast.Expr) and isinstance(o.value, ast.Constant)
+    return any(isinstance(o, kinds) for o in ast.walk(tree)) and not all(isinstance(o, kinds) or text(o) for o in tree.body)
+
+def test_the_search_for_mixed_cells_can_find():
+    cell = lambda source: nbformat.v4.new_code_cell(source)
+    for bad in ('import a\na.b()', 'def f():\n    import a', 'x = 1\nfrom a import b'): assert mixes(cell(bad)), bad
+    for good in ('import a\nfrom b import c', '#| hide\nimport a', 'x = 1', '#| export\nimport a\nx = 1', '#| eval: false\nimport a\nx = 1', '"why"\nimport a'): assert not mixes(cell(good)), good
+
+@each
+def test_imports_stand_alone(path):
+    "nbdev_docs executes the exported cells of a module's notebook and every other cell that imports, and nothing else: one that also computes lacks its names."
+    nb = read(path)
+    if not any(is_export(c) for _, c in code_cells(nb)): pytest.skip('no exported cell: nbdev_docs executes nothing')
+    found = [f'cell {i} ({c.id})' for i, c in code_cells(nb) if mixes(c)]
+    assert not found, f'{found}: move the imports to a cell of their own'
+
 @each
 def test_pictures_are_small(path):
     "A notebook is read in a browser: at most 4 MB."
