@@ -121,8 +121,18 @@ def _facts(learn_or_model, given:dict, who='save_model')->tuple: # (network, fac
     if missing:
         raise BadInput(f"{who} doesn't know {', '.join(missing)}; give {'it' if len(missing) == 1 else 'them'}: "
                        "classes (names), n_in (channels), size (pixels), stats=(mean, std).")
-    if is_learner: _check_known(known, given)
+    if is_learner:
+        _check_known(known, given)
+        _check_loss(learn_or_model)
     return getattr(model, '_orig_mod', model), _check_facts(f), xb  # compiled or not
+
+def _check_loss(learn):
+    "Refuse a learner whose loss judges each class by itself: a folder's network gives an image one class."
+    loss = getattr(learn.loss_func, 'func', learn.loss_func)
+    name = getattr(loss, '__name__', type(loss).__name__)
+    if 'BCE' in name or 'binary_cross_entropy' in name:
+        raise BadInput(f"The learner's loss is {name}, for images with several labels or none; a model folder is for networks "
+                       "that give an image one of the classes, trained with cross-entropy.")
 
 def _check_known(known, given):
     "Refuse what was given and is not what the learner's data say."
@@ -1566,7 +1576,7 @@ def _own_rounding(net)->dict:
     layers = [s for s in net.steps if isinstance(s, IntLayer)]
     return {s.name: .5*np.float64(s.weights.grid.scale)*s.w_scale/(s.grid.scale if s.grid else 1) for s in layers}
 
-def _apart(model, net, x)->dict: # Name of each quantizer, and 'logits', to distances, float64, of its shape
+def _apart(model, net, x)->tuple: # (name of each quantizer, and 'logits', to distances, float64, of its shape; the logits)
     """How far torch's value lies outside of what rounds to the integer of `net`, in steps: each layer in torch gets the
     integers that `net` has before it, so that no difference is inherited.
     In float64, which leaves no ties that the order of a sum decides."""
@@ -1589,14 +1599,14 @@ def _apart(model, net, x)->dict: # Name of each quantizer, and 'logits', to dist
     for name, m in model.named_modules():
         if isinstance(m, (PACT, InputQuant)): hooks.append(m.register_forward_hook(listen(name)))
     with torch.no_grad(): want = model(x.double()).numpy()
-    return {**res, 'logits': np.abs(want - codes['logits'])}
+    return {**res, 'logits': np.abs(want - codes['logits'])}, codes['logits']
 
 # %% ../nbs/10_deploy.ipynb #d3f1a006
-def _check_integers(model, net, x):
+def _check_integers(model, net, x)->np.ndarray: # The logits of `net`
     "Refuse integers that are not those of torch: further away than rounding biases and scales can move them."
-    allowed, apart = _own_rounding(net), _apart(model, net, x)
+    allowed, (apart, logits) = _own_rounding(net), _apart(model, net, x)
     for name, d in apart.items():
-        most = 2e-3 if name != 'logits' else 1e-5*np.abs(net(x)).max()
+        most = 2e-3 if name != 'logits' else 1e-5*np.abs(logits).max()
         beyond = d - _per_channel(allowed.get(name, np.zeros(1)), d.ndim) > most
         if beyond.any():
             what = 'logits' if name == 'logits' else 'integers'
@@ -1605,11 +1615,11 @@ def _check_integers(model, net, x):
                            f"{d[beyond].max():.3g}{'' if what == 'logits' else ' steps'} (allowed: "
                            f"{most + allowed.get(name, np.zeros(1)).max():.3g}); nothing may change values on their "
                            "way but the network's layers, so take away hooks and parametrizations.")
+    return logits
 
-def _check_onnx(net, raw, name, x):
+def _check_onnx(raw, name, x, want):
     "Refuse an ONNX file whose logits are not the integer network's, or that onnxruntime would run in float."
-    x = np.asarray(x, np.float32)
-    got, want = onnx_session(raw, name=name).run(None, {'image': x})[0], net(x)
+    got = onnx_session(raw, name=name).run(None, {'image': np.asarray(x, np.float32)})[0]
     if not np.array_equal(got, want):
         raise BadInput(f"onnxruntime gives other logits for {name} than integer arithmetic (for "
                        f"{int((got != want).any(1).sum())} of {len(x)} images, by up to "
@@ -1633,7 +1643,7 @@ def _bundle(model, config, to, opset, x)->dict: # Name to bytes
     from safetensors.torch import save
     files, shape = {}, (config['n_in'], *_side(config['size']))
     net = integer_network(model, shape)  # refuses what has no rule, whatever is to be written
-    _check_integers(model, net, x)
+    logits = _check_integers(model, net, x)
     meta = dict(classes=json.dumps(config['classes']), stats=json.dumps(config['stats']))
     if 'packed' in to:
         files['model.safetensors'] = save(_packed_state(model), {'format': 'pt'})
@@ -1641,7 +1651,7 @@ def _bundle(model, config, to, opset, x)->dict: # Name to bytes
     with tempfile.TemporaryDirectory() as d:
         if 'onnx' in to:
             files['model.onnx'] = to_onnx(net, Path(d)/'model.onnx', opset, meta).read_bytes()
-            _check_onnx(net, files['model.onnx'], 'model.onnx', x)
+            _check_onnx(files['model.onnx'], 'model.onnx', x, logits)
         if 'qonnx' in to: files['model.qonnx.onnx'] = to_qonnx(model, Path(d)/'model.qonnx.onnx', shape, meta).read_bytes()
     if config['extra'].get('masking'): files['masking_curve.png'] = _curve_figure(config['extra']['masking'])
     return {**files, 'README.md': _card(model, config, files, opset).encode()}
