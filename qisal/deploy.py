@@ -43,7 +43,7 @@ def find_arch(
         if _float_shapes(candidate) == have: return arch
 
 # %% ../nbs/10_deploy.ipynb #74aac8c7
-MODEL_FORMAT, MODEL_VERSION = 'qisal-model', 2  # the newest version; a folder of square images says 1, which older readers know
+MODEL_FORMAT, MODEL_VERSION = 'qisal-model', 2  # a folder of square images still says 1, which older readers know
 _NEEDED = ('arch', 'arch_args', 'network', 'classes', 'n_in', 'size', 'stats', 'quant', 'baked', 'weights', 'files', 'extra', 'versions')
 
 def _side(size)->tuple: # (height, width)
@@ -53,17 +53,21 @@ def _side(size)->tuple: # (height, width)
 def _check_size(size): # int, or [height, width]
     "A size as it is kept."
     pair = [size] if isinstance(size, numbers.Number) else list(size) if isinstance(size, (list, tuple)) else []
-    if not 1 <= len(pair) <= 2: raise BadInput(f"size is {size!r}; give the side of square images in pixels, or (height, width).")
+    if not 1 <= len(pair) <= 2:
+        raise BadInput(f"size is {size!r}; give the side of square images in pixels, or (height, width).")
     pair = [check_range('size', o, 1, kind=int) for o in pair]
     return pair[0] if pair[0] == pair[-1] else pair
 
 def _check_facts(f)->dict:
     "Classes, channels, size and normalisation, each as the configuration holds it."
-    if isinstance(f['classes'], str): raise BadInput(f"classes is the text {f['classes']!r}; give a list of names, one a logit.")
+    if isinstance(f['classes'], str):
+        raise BadInput(f"classes is the text {f['classes']!r}; give a list of names, one a logit.")
     f['classes'] = [str(o) for o in f['classes']]
     twice = sorted({o for o in f['classes'] if f['classes'].count(o) > 1})
     if twice: raise BadInput(f"classes names {twice[0]!r} more than once; give each logit a name of its own.")
-    if len(f['classes']) < 2: raise BadInput(f"classes has {len(f['classes'])} name(s); a softmax over one logit always says 1, so train with two logits or more.")
+    if len(f['classes']) < 2:
+        raise BadInput(f"classes has {len(f['classes'])} name(s); a softmax over one logit always says 1, so train "
+                       "with two logits or more.")
     if f.get('background') is None: f.pop('background', None)
     else: check_in('background', f['background'], tuple(BACKGROUNDS))
     f['n_in'], f['size'] = check_range('n_in', f['n_in'], 1, kind=int), _check_size(f['size'])
@@ -76,13 +80,15 @@ def _check_facts(f)->dict:
 
 # %% ../nbs/10_deploy.ipynb #d3f1a002
 def _batch(dls):
-    "Images of one validation batch (training, where there is no other) without moving a random generator; None: the loaders are empty."
+    "Images of a validation batch (or training batch), without moving a random generator; None: the loaders are empty."
     import torch
     from fastai.torch_core import no_random
     dl = next((o for o in reversed(dls.loaders[:2]) if len(o)), None)
     if dl is None: return None
     with no_random(): xb = (dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl)))[0]
-    if not isinstance(xb, torch.Tensor) or xb.ndim != 4: raise BadInput(f"A batch of the learner's data is a {type(xb).__name__}{tuple(getattr(xb, 'shape', ()))}; a model folder is for classifiers of images, N x C x H x W.")
+    if not isinstance(xb, torch.Tensor) or xb.ndim != 4:
+        raise BadInput(f"A batch of the learner's data is a {type(xb).__name__}{tuple(getattr(xb, 'shape', ()))}; a "
+                       "model folder is for classifiers of images, N x C x H x W.")
     return xb.as_subclass(torch.Tensor).detach()
 
 def _fastai_stats(dls, n_in):
@@ -98,29 +104,47 @@ def _from_learner(learn)->tuple: # (facts, a batch of images)
     "What a learner's data say; None for what they don't."
     dls, xb = learn.dls, _batch(learn.dls)
     shape = (None,)*3 if xb is None else tuple(xb.shape[1:])
-    known = dict(classes=getattr(dls, 'vocab', None), n_in=shape[0], size=shape[1:] if xb is not None else None, stats=getattr(dls, 'stats', None))
-    known['background'] = getattr(dls, 'background', None) if getattr(dls, 'source', '') == 'folder' else None  # other data hold no transparent image
+    known = {k: getattr(dls, v, None) for k, v in dict(classes='vocab', stats='stats', background='background').items()}
+    known.update(n_in=shape[0], size=None if xb is None else shape[1:])
+    if getattr(dls, 'source', '') != 'folder': known['background'] = None  # other data hold no transparent image
     if known['stats'] is None and shape[0]: known['stats'] = _fastai_stats(dls, shape[0])
     return known, xb
 
+# %% ../nbs/10_deploy.ipynb #d3f1a005
 def _facts(learn_or_model, given:dict, who='save_model')->tuple: # (network, facts, a batch of images or None)
     "The network, and its classes, channels, size and normalisation, checked."
     is_learner = hasattr(learn_or_model, 'dls') and hasattr(learn_or_model, 'model')
-    model, known, xb = (learn_or_model.model, *_from_learner(learn_or_model)) if is_learner else (learn_or_model, {}, None)
+    model = learn_or_model.model if is_learner else learn_or_model
+    known, xb = _from_learner(learn_or_model) if is_learner else ({}, None)
     f = {k: known.get(k) if v is None else v for k, v in given.items()}
     missing = [k for k, v in f.items() if v is None and k != 'background']
-    if missing: raise BadInput(f"{who} doesn't know {', '.join(missing)}; give {'it' if len(missing) == 1 else 'them'}: classes (names), n_in (channels), size (pixels), stats=(mean, std).")
-    if is_learner: _check_known(known, given)
+    if missing:
+        raise BadInput(f"{who} doesn't know {', '.join(missing)}; give {'it' if len(missing) == 1 else 'them'}: "
+                       "classes (names), n_in (channels), size (pixels), stats=(mean, std).")
+    if is_learner:
+        _check_known(known, given)
+        _check_loss(learn_or_model)
     return getattr(model, '_orig_mod', model), _check_facts(f), xb  # compiled or not
+
+def _check_loss(learn):
+    "Refuse a learner whose loss judges each class by itself: a folder's network gives an image one class."
+    loss = getattr(learn.loss_func, 'func', learn.loss_func)
+    name = getattr(loss, '__name__', type(loss).__name__)
+    if 'BCE' in name or 'binary_cross_entropy' in name:
+        raise BadInput(f"The learner's loss is {name}, for images with several labels or none; a model folder is for networks "
+                       "that give an image one of the classes, trained with cross-entropy.")
 
 def _check_known(known, given):
     "Refuse what was given and is not what the learner's data say."
-    flat = lambda v: np.concatenate([np.ravel(np.asarray(o, float)) for o in (v if isinstance(v, (list, tuple)) else [v])])
+    def flat(v):
+        parts = v if isinstance(v, (list, tuple)) else [v]
+        return np.concatenate([np.ravel(np.asarray(o, float)) for o in parts])
     for k in ('n_in', 'size', 'stats'):
         if given[k] is None or known[k] is None: continue
         a, b = flat(given[k]), flat(known[k])
-        if len(a) not in (1, len(b)) or not np.allclose(a, b, rtol=1e-4): raise BadInput(f"{k} is {given[k]}, but the learner's data have {known[k]}; leave {k} out, or give the learner the data that the network is for.")
-
+        if len(a) not in (1, len(b)) or not np.allclose(a, b, rtol=1e-4):
+            raise BadInput(f"{k} is {given[k]}, but the learner's data have {known[k]}; leave {k} out, or give the "
+                           "learner the data that the network is for.")
 
 # %% ../nbs/10_deploy.ipynb #b2f1fcb7
 def _config(model, facts, arch, extra)->dict:
@@ -129,7 +153,8 @@ def _config(model, facts, arch, extra)->dict:
     args, (h, w) = dict(n_classes=len(facts['classes']), n_in=facts['n_in'], size=facts['size']), _side(facts['size'])
     found = find_arch(model, **args) if h == w else None  # those of the study are for squares
     if arch is not None and check_in('arch', arch, ARCHS) != found:
-        raise BadInput(f"The network is no {arch} for {args['n_classes']} classes and {args['n_in']} x {h} x {w} images; leave arch out.")
+        raise BadInput(f"The network is no {arch} for {args['n_classes']} classes and {args['n_in']} x {h} x {w} "
+                       "images; leave arch out.")
     layers = quant_layers(model)
     return dict(arch=found, arch_args=args if found else None, network=type(model).__name__, **facts,
         quant=quant_config(model) if layers else None, baked=bool(layers) and all(m.baked for m in layers.values()),
@@ -152,7 +177,7 @@ def _check_place(folder):
     if names and not {'config.json', 'model.safetensors'} & names: raise BadInput(f"The folder '{folder}' holds other files ({', '.join(sorted(names)[:3])}); choose a new name for the model folder.")
 
 def _swap(new, folder):
-    "Rename `new` to `folder`; an old folder there is moved aside first, and back if that fails. Of several at once the last one stays."
+    "Rename `new` to `folder`; an old one is moved aside, and back if that fails. Of several at once the last stays."
     while True:
         try: return os.replace(new, folder)
         except OSError as e:
@@ -176,10 +201,17 @@ def _check_numbers(model, where=''):
         layer, _, part = name.rpartition('.')
         what = f"{layer or 'the network'} ({type(mods[layer]).__name__}){where}"
         bad = ~t.detach().isfinite() if t.is_floating_point() else t.new_zeros(0)
-        if bad.any(): raise BadInput(f"{what} has NaN or infinity in its {part} ({int(bad.sum()):,} of {t.numel():,} numbers); go back to a checkpoint from before, and train on with a lower learning rate.")
-        if part == 'running_var' and (t + mods[layer].eps <= 0).any(): raise BadInput(f"{what} has a variance of {t.min().item():.3g} in its running_var, which no data have; go back to a checkpoint from before.")
-        if part == 'alpha' and t.numel() == 1 and t.item() <= 0: raise BadInput(f"{what} has the clipping level {t.item():.3g} in its alpha; it must be above 0, so go back to a checkpoint from before.")
+        if bad.any():
+            raise BadInput(f"{what} has NaN or infinity in its {part} ({int(bad.sum()):,} of {t.numel():,} "
+                           "numbers); go back to a checkpoint from before, and train on with a lower learning rate.")
+        if part == 'running_var' and (t + mods[layer].eps <= 0).any():
+            raise BadInput(f"{what} has a variance of {t.min().item():.3g} in its running_var, which no data have; "
+                           "go back to a checkpoint from before.")
+        if part == 'alpha' and t.numel() == 1 and t.item() <= 0:
+            raise BadInput(f"{what} has the clipping level {t.item():.3g} in its alpha; it must be above 0, so go "
+                           "back to a checkpoint from before.")
 
+# %% ../nbs/10_deploy.ipynb #d3f1a008
 def _some_images(facts, xb, n=8):
     "Images to compare answers on: the learner's, or random pixels. Few of large ones."
     import torch
@@ -202,10 +234,16 @@ def _check_answers(model, facts, x):
     import torch
     shape, n = ' x '.join(map(str, x.shape[1:])), len(facts['classes'])
     try: out = _answers(model, x)
-    except (RuntimeError, ValueError, IndexError, TypeError) as e: raise BadInput(f"The network can't take images of {shape} ({' '.join(str(e).split())[:200]}); give n_in and size as it was trained with.") from e
+    except (RuntimeError, ValueError, IndexError, TypeError) as e:
+        raise BadInput(f"The network can't take images of {shape} ({' '.join(str(e).split())[:200]}); give n_in and "
+                       "size as it was trained with.") from e
     got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-    if got != (len(x), n): raise BadInput(f"The network gives {got[1:] if isinstance(got, tuple) else got} for an image, and there are {n} classes; give as many names as it has logits, two or more.")
-    if not out.isfinite().all(): raise BadInput("The network answers with NaN or infinity, though all of its numbers are finite; its numbers are too large for its type, so train on with a lower learning rate.")
+    if got != (len(x), n):
+        raise BadInput(f"The network gives {got[1:] if isinstance(got, tuple) else got} for an image, and there are "
+                       f"{n} classes; give as many names as it has logits, two or more.")
+    if not out.isfinite().all():
+        raise BadInput("The network answers with NaN or infinity, though all of its numbers are finite; its numbers "
+                       "are too large for its type, so train on with a lower learning rate.")
 
 # %% ../nbs/10_deploy.ipynb #bde5344b
 def _check_same(model, config, raw, x):
@@ -227,13 +265,15 @@ def save_model(
     stats=None, # (mean, std), one number a channel, of pixels scaled to 0 to 1; None: the learner's
     arch:str|None=None, # One of `ARCHS`; None: found by the names and shapes of the parameters
     extra:dict|None=None, # Anything JSON can hold, kept in the configuration: accuracy, the run's spec
-    background:str|None=None, # What transparent images were laid over for training, 'white' or 'black'; None: the learner's, if its data say
+    background:str|None=None, # Under transparent images: 'white', 'black'; None: as the learner's data say
 )->Path: # The folder
-    "Write a model folder, whole or not at all. Raises `BadInput` where facts are missing or don't fit the network, a number is NaN or infinite, the place holds other things, or the network can't be rebuilt."
+    """Write a model folder, whole or not at all. Raises `BadInput` where facts are missing or don't fit the network,
+    a number is NaN or infinite, the place holds other things, or the network can't be rebuilt."""
     from safetensors.torch import save
     folder = Path(os.path.abspath(folder))
     _check_place(folder)
-    model, facts, xb = _facts(learn_or_model, dict(classes=classes, n_in=n_in, size=size, stats=stats, background=background))
+    given = dict(classes=classes, n_in=n_in, size=size, stats=stats, background=background)
+    model, facts, xb = _facts(learn_or_model, given)
     x = _some_images(facts, xb)
     _check_numbers(model)
     _check_answers(model, facts, x)
@@ -246,7 +286,8 @@ def save_model(
 def _write_folder(folder, config, files)->Path:
     "Write `files` (name to bytes) and their configuration, under another name first."
     version = 1 if isinstance(config['size'], int) else 2
-    config = _sealed({'format': MODEL_FORMAT, 'version': version, **config, 'files': {k: dict(sha256=_sha(v), bytes=len(v)) for k, v in files.items()}})
+    listed = {k: dict(sha256=_sha(v), bytes=len(v)) for k, v in files.items()}
+    config = _sealed({'format': MODEL_FORMAT, 'version': version, **config, 'files': listed})
     new = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', suffix='.part', dir=folder.parent))
     try:
         for name, raw in files.items(): write_atomic(new/name, raw)
@@ -270,9 +311,12 @@ def read_config(
     path = folder/'config.json'
     if not path.is_file(): raise BadInput(f"The model folder '{folder}' has no config.json; {_AGAIN}.")
     try: c = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise BadInput(f"config.json in '{folder}' is cut off or no JSON ({_short(e)}); {_AGAIN}.") from e
+    except (ValueError, RecursionError) as e:
+        raise BadInput(f"config.json in '{folder}' is cut off or no JSON ({_short(e)}); {_AGAIN}.") from e
     if not isinstance(c, dict) or c.get('format') != MODEL_FORMAT: raise BadInput(f"config.json in '{folder}' is not that of a qisal model; give the folder that save_model wrote.")
-    if c.get('version') not in range(1, MODEL_VERSION + 1): raise BadInput(f"config.json in '{folder}' has format version {str(c.get('version'))[:40]}, this qisal reads 1 to {MODEL_VERSION}; update qisal (pip install -U qisal).")
+    if c.get('version') not in range(1, MODEL_VERSION + 1):
+        raise BadInput(f"config.json in '{folder}' has format version {str(c.get('version'))[:40]}, this qisal "
+                       f"reads 1 to {MODEL_VERSION}; update qisal (pip install -U qisal).")
     try: sealed = _sealed(c)
     except RecursionError: sealed = None
     if sealed != c: raise BadInput(f"config.json in '{folder}' was altered (its SHA-256 differs); {_AGAIN}.")
@@ -285,17 +329,25 @@ def _short(e)->str:
     "What an exception says, on one line of ordinary length."
     return ' '.join(str(e).split())[:200]
 
-_IS = dict(classes=list, stats=list, weights=dict, files=dict, extra=dict, baked=bool, network=str, arch=(str, type(None)), arch_args=(dict, type(None)), quant=(dict, type(None)))
+_IS = dict(classes=list, stats=list, weights=dict, files=dict, extra=dict, baked=bool, network=str,
+           arch=(str, type(None)), arch_args=(dict, type(None)), quant=(dict, type(None)))
+_IN_A_FILE = dict(sha256=str, bytes=int)
 
 def _check_config(c, folder):
     "Refuse a configuration whose entries are of another kind than they are written."
     new = sorted(set(c) - {'format', 'version', 'sha256', 'background', *_NEEDED})
-    if new: raise BadInput(f"config.json in '{folder}' has fields that this qisal doesn't know ({', '.join(new)[:200]}), so it could be read wrongly; update qisal (pip install -U qisal).")
+    if new:
+        raise BadInput(f"config.json in '{folder}' has fields that this qisal doesn't know "
+                       f"({', '.join(new)[:200]}), so it could be read wrongly; update qisal (pip install -U qisal).")
     wrong = [k for k, kind in _IS.items() if not isinstance(c[k], kind)]
-    wrong += [f"files['{k}']" for k, v in c['files'].items() if not isinstance(v, dict) or not isinstance(v.get('sha256'), str) or type(v.get('bytes')) is not int] if 'files' not in wrong else []
+    if 'files' not in wrong:
+        wrong += [f"files['{k}']" for k, v in c['files'].items()
+                  if not isinstance(v, dict) or any(type(v.get(o)) is not kind for o, kind in _IN_A_FILE.items())]
     try: _check_facts({k: c.get(k) for k in ('classes', 'n_in', 'size', 'stats', 'background')})
     except (TypeError, ValueError) as e: wrong.append(_short(e).rstrip('.'))  # `BadInput` is a `ValueError`
-    if wrong: raise BadInput(f"config.json in '{folder}' holds something else than save_model writes ({'; '.join(wrong)}); {_AGAIN}.")
+    if wrong:
+        raise BadInput(f"config.json in '{folder}' holds something else than save_model writes "
+                       f"({'; '.join(wrong)}); {_AGAIN}.")
 
 # %% ../nbs/10_deploy.ipynb #03fc8613
 _PICKLES = {'.pkl', '.pickle', '.pth', '.pt', '.joblib', '.dill', '.ckpt'}
@@ -357,15 +409,20 @@ def _rebuild(config, raw, model=None):
             with torch.random.fork_rng(devices=[]): model = get_model(config['arch'], **config['arch_args'])
         if config['quant']: model = apply_quant_config(model, config['quant'])
     except BadInput: raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e: raise BadInput(f"config.json doesn't describe the network fully ({type(e).__name__}: {_short(e)}); {_AGAIN}.") from e
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        why = f'{type(e).__name__}: {_short(e)}'
+        raise BadInput(f"config.json doesn't describe the network fully ({why}); {_AGAIN}.") from e
     try: tensors = load(raw)
-    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as e: raise BadInput(f"{config['weights']['file']} is no safetensors file ({_short(e)}); {_AGAIN}.") from e
+    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as e:
+        raise BadInput(f"{config['weights']['file']} is no safetensors file ({_short(e)}); {_AGAIN}.") from e
     if kind == 'packed': tensors = _unpacked_state(model, tensors)
     try: model.load_state_dict(tensors, strict=True)
     except RuntimeError as e: raise BadInput(f"{config['weights']['file']} doesn't fit the network: {' '.join(str(e).split())}. Load it into the architecture it was saved from.") from e
     for k, v in model.state_dict().items():
         want = tensors.get(k, v).to(v)
-        if not torch.equal(v, want) and not want.isnan().any(): raise BadInput(f"The network shares {k} with another layer, for which {config['weights']['file']} holds other numbers; give load_model one whose layers have weights of their own.")
+        if not torch.equal(v, want) and not want.isnan().any():
+            raise BadInput(f"The network shares {k} with another layer, for which {config['weights']['file']} holds "
+                           "other numbers; give load_model one whose layers have weights of their own.")
     _check_numbers(model, f" of {config['weights']['file']}")
     return model.eval()
 
@@ -444,7 +501,9 @@ def _norms(model)->dict:
     for node in graph.nodes:
         if node.op != 'call_module' or not isinstance(mods[node.target], nn.BatchNorm2d): continue
         conv = node.args[0]
-        if calls[node.target] > 1 or calls.get(conv.target, 0) > 1: raise BadInput(f"{node.target} (BatchNorm2d) or the convolution before it is used more than once, so it can't be folded; give each use a layer of its own.")
+        if calls[node.target] > 1 or calls.get(conv.target, 0) > 1:
+            raise BadInput(f"{node.target} (BatchNorm2d) or the convolution before it is used more than once, so it "
+                           "can't be folded; give each use a layer of its own.")
         if conv.op != 'call_module' or not isinstance(mods[conv.target], nn.Conv2d) or len(conv.users) > 1:
             raise BadInput(f"{node.target} (BatchNorm2d) doesn't stand right behind a convolution of its own, so it can't be folded; put one before it.")
         if mods[node.target].running_var is None: raise BadInput(f"{node.target} (BatchNorm2d) keeps no running statistics, so it can't be folded; train with track_running_stats=True.")
@@ -462,7 +521,8 @@ def _fold(conv, bn, name):
     bias = conv.bias.detach().double() if conv.bias is not None else 0.
     bias = beta + (bias - mean)*g
     conv.bias = nn.Parameter(bias.float())
-    if not hasattr(conv, 'w_bits') or conv.w_bits == 32: conv.weight = nn.Parameter((conv.weight.detach().double()*g[:, None, None, None]).float())
+    if not hasattr(conv, 'w_bits') or conv.w_bits == 32:
+        conv.weight = nn.Parameter((conv.weight.detach().double()*g[:, None, None, None]).float())
     else:
         codes, scale = (torch.from_numpy(o).to(g.device) for o in layer_codes(conv, name))
         conv.register_buffer('folded_codes', torch.where(g[:, None, None, None] < 0, -codes, codes), persistent=False)
@@ -606,9 +666,10 @@ class IntLayer:
         self.bias, step = self.of_constants(self.bias, step)
         self.bias, self.w_scale = self.bias.astype(np.int32), (step/np.float32(w.grid.scale)).astype(np.float32)
     def of_constants(self, bias, step):
-        "Channels without weights have no scale, and the one that stands in says nothing about the bias: it is written as the integer (or logit) that it becomes."
-        w, at = self.weights, self.weights.constant
-        if self.grid: return np.where(at, np.clip(np.rint(w.bias/self.grid.scale), 0, self.grid.n), bias), np.where(at, self.grid.scale, step)
+        """Channels without weights have no scale, and the one that stands in says nothing about the bias: that is
+        written as the integer (or logit) which it becomes."""
+        w, g, at = self.weights, self.grid, self.weights.constant
+        if g: return np.where(at, np.clip(np.rint(w.bias/g.scale), 0, g.n), bias), np.where(at, g.scale, step)
         return np.where(at, np.sign(w.bias), bias), np.where(at & (w.bias != 0), np.abs(w.bias), step)
     def run(self, x): return self.rescale(self.weights.accumulate(x))
     def rescale(self, acc):
@@ -729,7 +790,7 @@ def _describe(s)->str:
 # %% ../nbs/10_deploy.ipynb #b27f35cc
 @dataclass
 class _Value:
-    "What a node of the graph gives: integers of a step (`grid`), a sum of (source, term) that no step has rounded yet, or the image, moved."
+    "What a node gives: integers of a step (`grid`), (source, term) pairs to be added and rounded, or the moved image."
     name: str = ''
     grid: IntGrid|None = None
     terms: tuple = ()
@@ -751,7 +812,7 @@ class _Builder:
         raise BadInput(f"{what} {why}")
 
     def move(self, step, v):
-        "Add a step that moves or picks integers; on the image it waits, since rounding may come first: the largest pixel rounded is the largest of the rounded."
+        "Add a step that moves or picks integers. On the image it waits: rounding may come first, even here."
         if v.name == 'image': return replace(v, moves=(*v.moves, step))
         return self.add(step, v.grid)
 
@@ -782,7 +843,7 @@ def _unique(name, taken):
     return next(o for o in (name, *(f'{name}#{i}' for i in range(2, len(taken) + 3))) if o not in taken)
 
 def _fits_int32(w)->bool:
-    "Has a layer's bias room on the grid of its sums? Not where batch norm made a scale (almost) zero. A channel without weights needs none."
+    "Has a layer's bias room on the grid of its sums? Not where a scale is almost zero; without weights it needs none."
     if not isinstance(w, IntWeights) or not (w.scale > 0).all(): return False
     return bool((w.constant | (np.abs(w.bias)*w.stretch < 2.**30*w.scale.astype(np.float64)*w.grid.scale)).all())
 
@@ -793,7 +854,9 @@ def layer(self:_Builder, node, m, v)->_Value:
     from torch import nn
     from qisal.quant import InputQuant, PACT
     iq = m.input_quant
-    if isinstance(iq, InputQuant) and v.name != 'image': self.refuse(node, 'quantizes values that are not the image, which the integer network has no rule for; put an nn.ReLU before it.')
+    if isinstance(iq, InputQuant) and v.name != 'image':
+        self.refuse(node, 'quantizes values that are not the image, which the integer network has no rule for; '
+                          'put an nn.ReLU before it.')
     if isinstance(iq, InputQuant): v = self.image_codes(f'{node.target}.input_quant', iq, v)
     elif isinstance(iq, PACT): v = self.to_grid(node, f'{node.target}.input_quant', iq, v)
     codes, scale = layer_codes(m, node.target)
@@ -817,9 +880,13 @@ def module(self:_Builder, node, m, v)->_Value:
     if isinstance(m, (nn.Identity, nn.Dropout, nn.Dropout2d)) or (isinstance(m, _Shortcut) and m.stride == 1): return v
     if type(m) in (nn.Conv2d, nn.Linear, nn.ReLU): self.refuse(node, 'is in float; the integer network needs every layer quantized (PACTCallback, no override to 32 bits).')
     src = lambda: (v.name if v.name == 'image' else self.codes(node, v).name,)
-    if isinstance(m, nn.MaxPool2d) and pair(m.dilation) == (1, 1) and not m.ceil_mode: return self.move(IntMaxPool(node.target, src(), pair(m.kernel_size), pair(m.stride), pair(m.padding)), v)
-    if isinstance(m, nn.Flatten) and m.start_dim == 1 and m.end_dim == -1: return self.move(IntFlatten(node.target, src()), v)
-    if v.name == 'image': self.refuse(node, 'computes with the image before a layer has quantized it; let a convolution or linear layer read the image, after nn.Flatten or nn.MaxPool2d at most.')
+    if isinstance(m, nn.MaxPool2d) and pair(m.dilation) == (1, 1) and not m.ceil_mode:
+        return self.move(IntMaxPool(node.target, src(), pair(m.kernel_size), pair(m.stride), pair(m.padding)), v)
+    if isinstance(m, nn.Flatten) and (m.start_dim, m.end_dim) == (1, -1):
+        return self.move(IntFlatten(node.target, src()), v)
+    if v.name == 'image':
+        self.refuse(node, 'computes with the image before a layer has quantized it; let a convolution or linear layer '
+                          'read it, after nn.Flatten or nn.MaxPool2d at most.')
     if isinstance(m, _Shortcut): return self.add(IntShortcut(node.target, src()), v.grid)
     if isinstance(m, nn.AdaptiveAvgPool2d) and pair(m.output_size) == (1, 1):
         n = self.pooled[node.target]
@@ -835,7 +902,8 @@ def function(self:_Builder, node)->_Value:
     args = [self.env.get(o) for o in node.args]
     if _is_add(node) and not node.kwargs and len(args) == 2 and all(args): return _Value(terms=sum((v.terms or ((self.codes(node, v).name, v.grid),) for v in args), ()))
     if _called(node) == 'flatten' and (node.args[1:] or tuple(node.kwargs.values())) in ((1,), (1, -1)):
-        return self.move(IntFlatten(node.name, (args[0].name if args[0].name == 'image' else self.codes(node, args[0]).name,)), args[0])
+        src = args[0].name if args[0].name == 'image' else self.codes(node, args[0]).name
+        return self.move(IntFlatten(node.name, (src,)), args[0])
     self.refuse(node, 'is no operation that the integer network has a rule for; it knows +, and flatten from dimension 1.')
 
 # %% ../nbs/10_deploy.ipynb #dd170790
@@ -963,7 +1031,7 @@ class _Graph:
         graph.quantization_annotation.extend(annotations)
         domains = sorted({'', *(o.domain for o in self.nodes)})
         m = helper.make_model(graph, opset_imports=[helper.make_opsetid(o, 1 if o else opset) for o in domains], producer_name='qisal',
-            ir_version=helper.find_min_ir_version_for([helper.make_opsetid('', opset)]))  # the oldest that has these operators: older readers take it
+            ir_version=helper.find_min_ir_version_for([helper.make_opsetid('', opset)]))  # the oldest that fits
         if annotations: _state_shapes(m)
         helper.set_model_props(m, meta)
         checker.check_model(m)
@@ -1181,7 +1249,8 @@ def onnx_session(
     o = onnxruntime.SessionOptions()
     o.intra_op_num_threads, o.log_severity_level = threads, 4  # what it would print it also raises
     if optimized is not None: o.optimized_model_filepath = str(optimized)
-    try: return onnxruntime.InferenceSession(file if isinstance(file, bytes) else str(file), o, providers=['CPUExecutionProvider'], enable_fallback=0)  # which would print, and try the same again
+    plain = dict(providers=['CPUExecutionProvider'], enable_fallback=0)  # which would print, and try the same again
+    try: return onnxruntime.InferenceSession(file if isinstance(file, bytes) else str(file), o, **plain)
     except Exception as e:  # its errors share no class of their own, and text that isn't UTF-8 ends in one of Python's
         if 'onnxruntime' not in type(e).__module__ and not isinstance(e, (UnicodeError, RuntimeError)): raise
         if 'qonnx.custom_op' in str(e): raise BadInput(f"{name} is a QONNX file, which stock onnxruntime doesn't run; open model.onnx of the same folder, or execute this file with the qonnx package.") from e
@@ -1228,7 +1297,9 @@ class _FloatWriter:
         "A convolution or linear layer with these weights, an array or a name."
         inputs = [x, weight] if m.bias is None else [x, weight, self.value(m.bias)]
         if m.weight.ndim == 2: return self.g.op('Gemm', *inputs, transB=1)
-        return self.g.op('Conv', *inputs, kernel_shape=m.kernel_size, strides=m.stride, pads=(padding or m.padding)*2, dilations=m.dilation, group=m.groups)
+        pads = (padding or m.padding)*2
+        return self.g.op('Conv', *inputs, kernel_shape=m.kernel_size, strides=m.stride, pads=pads,
+                         dilations=m.dilation, group=m.groups)
 
     def shortcut(self, x):
         g = self.g
@@ -1321,12 +1392,14 @@ def layer(self:_QonnxWriter, node, m, x):
     if isinstance(iq, InputQuant): x = self.quant(x, iq.scale, iq.bits, f'{name}.input_quant', iq.zero_point)
     elif isinstance(iq, PACT): x = self.pact(x, iq, f'{name}.input_quant')
     if x not in self.on_grid: raise BadInput(f"{_plain_name(node, m)} reads values that no quantizer has put on a grid; put a PACT (an nn.ReLU before conversion) before it.")
-    if isinstance(iq, InputQuant) and any(getattr(m, 'padding', ())): return self.weighted(m, self.padded(x, *m.padding), self.weights(m, name), (0, 0))
+    if isinstance(iq, InputQuant) and any(getattr(m, 'padding', ())):
+        return self.weighted(m, self.padded(x, *m.padding), self.weights(m, name), (0, 0))
     return self.weighted(m, x, self.weights(m, name))
 
 @patch
 def padded(self:_QonnxWriter, x, h, w):
-    "Zeros around the image, by a node of their own: `qonnx` can't lower a convolution that pads what it knows as scaled integers, since it can't tell whether zero is among them."
+    """Zeros around the image, by a node of their own: `qonnx` can't lower a convolution that pads what it knows as
+    scaled integers, since it can't tell whether zero is among them."""
     return self.g.op('Pad', x, np.array([0, 0, h, w, 0, 0, h, w]), np.float32(0))
 
 @patch
@@ -1468,7 +1541,8 @@ def _layers(model):
 def _card(model, config, files, opset)->str:
     "The model card."
     extra, (mean, std), (h, w) = config['extra'], config['stats'], _side(config['size'])
-    use = '\n'.join(v.format(n_in=config['n_in'], h=h, w=w, mean=mean, std=std, opset=opset) for k, v in _USE.items() if k in files)
+    known = dict(n_in=config['n_in'], h=h, w=w, mean=mean, std=std, opset=opset)
+    use = '\n'.join(v.format(**known) for k, v in _USE.items() if k in files)
     return f"""# {config['arch'] or config['network']}, quantized
 
 Classifies images of {h} x {w} pixels and {config['n_in']} channel(s) into {len(config['classes'])} classes: {', '.join(config['classes'])}.
@@ -1498,46 +1572,59 @@ Classifies images of {h} x {w} pixels and {config['n_in']} channel(s) into {len(
 TARGETS = ('packed', 'onnx', 'qonnx')  # what `export_model` can write
 
 def _own_rounding(net)->dict:
-    "Name of each step to how far the integer bias of each of its channels may move a result, in steps of its grid (of the last layer: in logits)."
+    "Name of each step to how far the integer bias of a channel may move a result, in steps of its grid (or logits)."
     layers = [s for s in net.steps if isinstance(s, IntLayer)]
     return {s.name: .5*np.float64(s.weights.grid.scale)*s.w_scale/(s.grid.scale if s.grid else 1) for s in layers}
 
-def _apart(model, net, x)->dict: # Name of each quantizer, and 'logits', to the distance, float64, of the shape of its results
-    """How far torch's value lies outside of what rounds to the integer of `net`, in steps: each layer in torch gets the integers that `net` has before it, so that no difference is inherited.
+def _apart(model, net, x)->tuple: # (name of each quantizer, and 'logits', to distances, float64, of its shape; the logits)
+    """How far torch's value lies outside of what rounds to the integer of `net`, in steps: each layer in torch gets the
+    integers that `net` has before it, so that no difference is inherited.
     In float64, which leaves no ties that the order of a sum decides."""
     import copy, torch
     from qisal.quant import InputQuant, PACT
     codes, res, hooks, model = net.codes(x), {}, [], copy.deepcopy(model).cpu().double().eval()
     def listen(name):
         def hook(m, args, out):
-            (step, zero, n) = (m.scale, m.zero_point, m.n) if isinstance(m, InputQuant) else (m.alpha.item()/(2**m.bits - 1), 0, 2**m.bits - 1)
+            n = 2**m.bits - 1
+            step, zero = (m.scale, m.zero_point) if isinstance(m, InputQuant) else (m.alpha.item()/n, 0)
             at = _unique(name, ('image', 'logits', *res))
             if at not in codes: return
-            before, after, got = args[0].numpy()/step + zero, out.numpy()/step + zero, codes[at].reshape(args[0].shape).astype(np.float64)
+            before, after = (o.numpy()/step + zero for o in (args[0], out))
+            got = codes[at].reshape(before.shape).astype(np.float64)
             outside = [np.where(got > 0, got - .5 - before, 0), np.where(got < n, before - got - .5, 0)]
-            res[at] = np.maximum(np.maximum(*outside), np.abs(after - before.clip(0, n)) - .5).clip(0)  # and the quantizer itself rounds
+            outside.append(np.abs(after - before.clip(0, n)) - .5)  # does the quantizer itself round?
+            res[at] = np.maximum.reduce(outside).clip(0)
             return torch.from_numpy((got - zero)*step)
         return hook
     for name, m in model.named_modules():
         if isinstance(m, (PACT, InputQuant)): hooks.append(m.register_forward_hook(listen(name)))
     with torch.no_grad(): want = model(x.double()).numpy()
-    return {**res, 'logits': np.abs(want - codes['logits'])}
+    return {**res, 'logits': np.abs(want - codes['logits'])}, codes['logits']
 
-def _check_integers(model, net, x):
-    "Refuse integers that are not those of the network in torch: further away than the rounding of a bias, and than the float32 that scales are kept in."
-    allowed, apart = _own_rounding(net), _apart(model, net, x)
+# %% ../nbs/10_deploy.ipynb #d3f1a006
+def _check_integers(model, net, x)->np.ndarray: # The logits of `net`
+    "Refuse integers that are not those of torch: further away than rounding biases and scales can move them."
+    allowed, (apart, logits) = _own_rounding(net), _apart(model, net, x)
     for name, d in apart.items():
-        most = 2e-3 if name != 'logits' else 1e-5*np.abs(net(x)).max()
+        most = 2e-3 if name != 'logits' else 1e-5*np.abs(logits).max()
         beyond = d - _per_channel(allowed.get(name, np.zeros(1)), d.ndim) > most
         if beyond.any():
             what = 'logits' if name == 'logits' else 'integers'
-            raise BadInput(f"The integer network is not the one in torch: at {name}, {int(beyond.sum()):,} of {d.size:,} {what} for {len(x)} images are off, by up to {d[beyond].max():.3g}{'' if what == 'logits' else ' steps'} (allowed: {most + allowed.get(name, np.zeros(1)).max():.3g}); nothing may change values on their way but the network's layers, so take away hooks and parametrizations.")
+            raise BadInput(f"The integer network is not the one in torch: at {name}, {int(beyond.sum()):,} of "
+                           f"{d.size:,} {what} for {len(x)} images are off, by up to "
+                           f"{d[beyond].max():.3g}{'' if what == 'logits' else ' steps'} (allowed: "
+                           f"{most + allowed.get(name, np.zeros(1)).max():.3g}); nothing may change values on their "
+                           "way but the network's layers, so take away hooks and parametrizations.")
+    return logits
 
-def _check_onnx(net, raw, name, x):
+def _check_onnx(raw, name, x, want):
     "Refuse an ONNX file whose logits are not the integer network's, or that onnxruntime would run in float."
-    x = np.asarray(x, np.float32)
-    got, want = onnx_session(raw, name=name).run(None, {'image': x})[0], net(x)
-    if not np.array_equal(got, want): raise BadInput(f"onnxruntime gives other logits for {name} than integer arithmetic (for {int((got != want).any(1).sum())} of {len(x)} images, by up to {np.abs(got - want).max():.3g}); update onnxruntime (pip install -U onnxruntime) and export again.")
+    got = onnx_session(raw, name=name).run(None, {'image': np.asarray(x, np.float32)})[0]
+    if not np.array_equal(got, want):
+        raise BadInput(f"onnxruntime gives other logits for {name} than integer arithmetic (for "
+                       f"{int((got != want).any(1).sum())} of {len(x)} images, by up to "
+                       f"{np.abs(got - want).max():.3g}); update onnxruntime (pip install -U onnxruntime) and "
+                       "export again.")
     floats = {'Conv', 'FusedConv', 'Gemm', 'FusedGemm', 'MatMul'} & set(onnx_graph_ops(raw))
     if floats: raise BadInput(f"onnxruntime would run {name} in float ({', '.join(sorted(floats))}), not on integers; update onnxruntime (pip install -U onnxruntime) and export again.")
 
@@ -1547,14 +1634,16 @@ def _check_packed(model, raw):
     from safetensors.torch import load
     got = _unpacked_state(model, load(raw))
     for k, v in model.state_dict().items():
-        if not torch.equal(got[k].cpu(), v.cpu()) and not k.endswith('num_batches_tracked'): raise BadInput(f"{k} doesn't come back from its packed codes; bake the model again.")
+        if not torch.equal(got[k].cpu(), v.cpu()) and not k.endswith('num_batches_tracked'):
+            raise BadInput(f"{k} doesn't come back from its packed codes; bake the model again.")
 
+# %% ../nbs/10_deploy.ipynb #d3f1a007
 def _bundle(model, config, to, opset, x)->dict: # Name to bytes
     "The files of an exported folder but its configuration, each of them compared with the network on the images `x`."
     from safetensors.torch import save
     files, shape = {}, (config['n_in'], *_side(config['size']))
     net = integer_network(model, shape)  # refuses what has no rule, whatever is to be written
-    _check_integers(model, net, x)
+    logits = _check_integers(model, net, x)
     meta = dict(classes=json.dumps(config['classes']), stats=json.dumps(config['stats']))
     if 'packed' in to:
         files['model.safetensors'] = save(_packed_state(model), {'format': 'pt'})
@@ -1562,11 +1651,10 @@ def _bundle(model, config, to, opset, x)->dict: # Name to bytes
     with tempfile.TemporaryDirectory() as d:
         if 'onnx' in to:
             files['model.onnx'] = to_onnx(net, Path(d)/'model.onnx', opset, meta).read_bytes()
-            _check_onnx(net, files['model.onnx'], 'model.onnx', x)
+            _check_onnx(files['model.onnx'], 'model.onnx', x, logits)
         if 'qonnx' in to: files['model.qonnx.onnx'] = to_qonnx(model, Path(d)/'model.qonnx.onnx', shape, meta).read_bytes()
     if config['extra'].get('masking'): files['masking_curve.png'] = _curve_figure(config['extra']['masking'])
     return {**files, 'README.md': _card(model, config, files, opset).encode()}
-
 
 # %% ../nbs/10_deploy.ipynb #53a53b9e
 def _check_targets(to)->tuple:
@@ -1596,16 +1684,18 @@ def export_model(
     stats=None, # (mean, std), one number a channel, of pixels scaled to 0 to 1; None: the learner's
     arch:str|None=None, # One of `ARCHS`; None: found by the names and shapes of the parameters
     extra:dict|None=None, # Anything JSON can hold, kept in the configuration. The card shows `accuracy` (0 to 1), `n_test`, `data` (name to text), `spec` (of a run), `masking` (attribution to dict(frac=[...], accuracy=[...]))
-    to=('packed', 'onnx'), # What to write: 'packed' (model.safetensors), 'onnx' (model.onnx), 'qonnx' (model.qonnx.onnx, large); a tuple, or text with commas
+    to=('packed', 'onnx'), # What to write, some of `TARGETS`, of which 'qonnx' is large; or text with commas
     opset:int=21, # Of the ONNX file: 21 to 25
-    background:str|None=None, # What transparent images were laid over for training, 'white' or 'black'; None: the learner's, if its data say
+    background:str|None=None, # Under transparent images: 'white', 'black'; None: as the learner's data say
 )->Path: # The folder
-    """Write the network to ship: configuration, packed codes, ONNX file, model card. Whole or not at all, and only if the integers, the file in onnxruntime and torch answer alike.
-    Raises `BadInput` for a float network, a layer without a rule, facts or numbers that don't fit, an onnxruntime that can't run the file."""
+    """Write the network to ship: configuration, packed codes, ONNX file, model card. Whole or not at all, and only if
+    the integers, the file in onnxruntime and torch answer alike. Raises `BadInput` for a float network, a layer without
+    a rule, facts or numbers that don't fit, an onnxruntime that can't run the file."""
     folder, to = Path(os.path.abspath(folder)), _check_targets(to)
     check_range('opset', opset, 21, 25, kind=int)
     _check_place(folder)
-    model, facts, xb = _facts(learn_or_model, dict(classes=classes, n_in=n_in, size=size, stats=stats, background=background), 'export_model')
+    given = dict(classes=classes, n_in=n_in, size=size, stats=stats, background=background)
+    model, facts, xb = _facts(learn_or_model, given, 'export_model')
     x, model = _some_images(facts, xb), _baked(model)
     _check_numbers(model)
     _check_answers(model, facts, x)

@@ -54,13 +54,15 @@ class _Ground:
         "Warn if a colour was chosen that nobody named."
         if not self.n or self.said: return
         which = 'The image is transparent and was' if of == 1 else f'{self.n} of {of} images are transparent and were'
-        warnings.warn(f"{which} laid over white; say what it was in training: background='white' or 'black' (qisal predict --background).", stacklevel=3)
+        warnings.warn(f"{which} laid over white; say what it was in training: background='white' or 'black' "
+                      "(qisal predict --background).", stacklevel=3)
 
 def _fit(image, size, n_in, ground):
     "An image made to fit."
     from PIL import Image, ImageOps
     img, (h, w) = ground.under(_picture(image, 'the image')[0]), _side(size)
-    return ImageOps.fit(img.convert(_MODES[check_in('channels', n_in, tuple(_MODES))]), (w, h), Image.Resampling.BILINEAR)
+    mode = _MODES[check_in('channels', n_in, tuple(_MODES))]
+    return ImageOps.fit(img.convert(mode), (w, h), Image.Resampling.BILINEAR)
 
 def read_image(
     image, # An image file, or a PIL image
@@ -68,7 +70,9 @@ def read_image(
     n_in:int, # Channels that the model takes: 1 (grey) or 3 (RGB)
     background:str|None=None, # What a transparent image is laid over, 'white' or 'black'; None: white, with a warning
 ): # PIL image of `size`, mode 'L' or 'RGB'
-    "An image of any size and mode, made to fit as `folder_arrays` makes it: laid over a background if it is transparent, scaled and cropped about its centre. Raises `BadInput` for a file that is none, is damaged, or has more than 8 bits a channel."
+    """An image of any size and mode, made to fit as `folder_arrays` makes it: laid over a background if it is
+    transparent, scaled and cropped about its centre.
+    Raises `BadInput` for a file that is none, is damaged, or has more than 8 bits."""
     ground = _Ground(background)
     img = _fit(image, size, n_in, ground)
     ground.tell(1)
@@ -83,7 +87,10 @@ def _from_picture(image, name, size, n_in, resize, ground)->np.ndarray: # uint8 
     img, name = _picture(image, name)
     takes = f"the model takes {h} x {w} pixels (height x width)" if h != w else f"the model takes {h} x {w} pixels"
     takes += f", mode {_MODES[n_in]}" if n_in in _MODES else f" and {n_in} channels, which only an array can hold"
-    if img.size != (w, h): raise BadInput(f"{name} is {img.width} x {img.height} pixels{' (width x height)' if h != w else ''}, {takes}; scale it (Pillow's ImageOps.fit), or let it be done: resize=True (qisal predict --resize).")
+    if img.size != (w, h):
+        order = ' (width x height)' if h != w else ''
+        raise BadInput(f"{name} is {img.width} x {img.height} pixels{order}, {takes}; scale it (Pillow's ImageOps.fit), "
+                       "or let it be done: resize=True (qisal predict --resize).")
     if img.mode != _MODES.get(n_in): raise BadInput(f"{name} has mode {img.mode}, {takes}; convert it (Pillow's image.convert), or let it be done: resize=True (qisal predict --resize).")
     return np.asarray(ground.under(img)).reshape(h, w, n_in)
 
@@ -136,7 +143,7 @@ def to_pixels(
     size:int|tuple, # Height and width that the model takes, pixels: one number for a square, or both
     n_in:int, # Channels that the model takes
     resize:bool=False, # Make files and PIL images of another size or mode fit (`read_image`)? Arrays must fit in any case
-    background:str|None=None, # What transparent files and PIL images are laid over, 'white' or 'black'; None: white, with a warning
+    background:str|None=None, # What transparent pictures are laid over: 'white', 'black'; None: white, with a warning
 )->np.ndarray: # uint8 N x H x W x n_in
     "Images as one array of bytes. Raises `BadInput` that names the image, what the model takes and what to do."
     ground = _Ground(background)
@@ -223,13 +230,16 @@ def _open_onnx(folder, threads):
         try: out = session.run(None, {i.name: x})[0]
         except Exception as e:  # its errors share no class
             if 'onnxruntime' not in type(e).__module__ and not isinstance(e, (UnicodeError, RuntimeError)): raise
-            raise BadInput(f"onnxruntime can't run model.onnx in '{folder}' ({_reason(e)}); export the model again.") from e
+            why = _reason(e)
+            raise BadInput(f"onnxruntime can't run model.onnx in '{folder}' ({why}); export the model again.") from e
         return _check_logits(out, (len(x), len(config['classes'])), f"model.onnx in '{folder}'")
     return config, forward, None
 
 def _check_logits(out, shape, name)->np.ndarray:
     "Refuse answers that are none."
-    if not isinstance(out, np.ndarray) or out.shape != shape: raise BadInput(f"{name} gives something else than {shape[1]} logits for each of {shape[0]} images; export the model again.")
+    if not isinstance(out, np.ndarray) or out.shape != shape:
+        raise BadInput(f"{name} gives something else than {shape[1]} logits for each of {shape[0]} images; "
+                       "export the model again.")
     if not np.isfinite(out).all(): raise BadInput(f"{name} answers with NaN or infinity; export the model again.")
     return out
 
@@ -260,14 +270,14 @@ class Predictor:
         folder, # A model folder: of `export_model`, or with `runtime='torch'` also of `save_model`
         runtime:str='onnxruntime', # 'onnxruntime' (integers; imports no torch) or 'torch'
         threads:int=1, # Of the processor, for one batch
-        background:str|None=None, # What transparent images are laid over, 'white' or 'black'; None: as the folder says, else white with a warning
+        background:str|None=None, # Under transparent images: 'white', 'black'; None: as the folder says, else white
     ):
         check_in('runtime', runtime, RUNTIMES)
         if background is not None: check_in('background', background, tuple(BACKGROUNDS))
         self.folder, self.runtime, self.threads = Path(folder), runtime, check_range('threads', threads, 1, 1024, kind=int)
         self.config, self.forward, self.model = (_open_torch if runtime == 'torch' else _open_onnx)(self.folder, threads)
         self.classes, self.size, self.n_in, self.stats = tuple(self.config['classes']), *(self.config[o] for o in ('size', 'n_in', 'stats'))
-
+        self.shape = ' x '.join(map(str, (*_side(self.size), self.n_in)))
         self.background = self.config.get('background') if background is None else background
 
     def pixels(self, images, resize=False): return to_pixels(images, self.size, self.n_in, resize, self.background)
@@ -282,7 +292,7 @@ class Predictor:
         x = self.pixels(images, resize)
         return Prediction(self.classes, np.concatenate([self.forward(normalize_pixels(x[i:i + batch], self.stats)) for i in range(0, len(x), batch)]))
 
-    def __repr__(self): return f"Predictor of '{self.folder.name}' in {self.runtime}: {' x '.join(map(str, _side(self.size)))} x {self.n_in} -> {', '.join(self.classes)}"
+    def __repr__(self): return f"Predictor of '{self.folder.name}' in {self.runtime}: {self.shape} -> {', '.join(self.classes)}"
 
 # %% ../nbs/10_serve.ipynb #e0851043
 def predict(
@@ -292,7 +302,7 @@ def predict(
     threads:int=1, # Of the processor
     batch:int=256, # Images at once; bounds the memory
     resize:bool=False, # Make files and PIL images of another size or mode fit?
-    background:str|None=None, # What transparent images are laid over, 'white' or 'black'; None: as the folder says, else white with a warning
+    background:str|None=None, # Under transparent images: 'white', 'black'; None: as the folder says, else white
 )->Prediction:
     "What the model in a folder says about images. The folder is opened and checked at each call: for many calls keep a `Predictor`."
     return Predictor(folder, runtime, threads, background)(images, batch, resize)
@@ -385,7 +395,7 @@ def explain(
     target:str|int|None=None, # Class to explain, its name or number; None: the predicted one
     threads:int=1, # Of the processor
     resize:bool=False, # Make a file or PIL image of another size or mode fit?
-    background:str|None=None, # What a transparent image is laid over, 'white' or 'black'; None: as the folder says, else white with a warning
+    background:str|None=None, # Under a transparent image: 'white', 'black'; None: as the folder says, else white
 )->Explanation:
     "Where the model in a folder looks. The folder is opened and checked at each call: for many calls keep a `Predictor`."
     return Predictor(folder, runtime, threads, background).explain(image, method, target, resize)

@@ -582,7 +582,8 @@ def apart(m, x):
     "How far the integers are from torch beyond what is allowed, the logits as a share of the largest."
     m = bake(m)
     net = integer_network(m, (tuple(x.shape[1:])))
-    allowed, found = deploy._own_rounding(net), deploy._apart(m, net, x)
+    allowed, (found, answers) = deploy._own_rounding(net), deploy._apart(m, net, x)
+    assert np.array_equal(answers, net(x))
     over = {k: (d - deploy._per_channel(allowed.get(k, np.zeros(1)), d.ndim)).max() for k, d in found.items()}
     return net, over.pop('logits')/np.abs(net(x)).max(), over
 
@@ -828,6 +829,15 @@ def test_a_learner_with_ordinary_loaders_brings_its_facts(tmp_path, pictures):
         with pytest.raises(BadInput, match=message): export_model(learn, tmp_path/'n', **kw)
     assert not (tmp_path/'n').exists()
     export_model(learn, tmp_path/'n', size=(20, 28), n_in=3, stats=stats, classes=['three', 'seven'])  # names may be given
+
+def test_several_labels_an_image_are_refused(tmp_path, pictures):
+    from fastai.losses import BCEWithLogitsLossFlat
+    learn = own_learner(pictures, None)
+    for loss in (BCEWithLogitsLossFlat(), nn.BCEWithLogitsLoss(), nn.functional.binary_cross_entropy_with_logits):
+        learn.loss_func = loss
+        for f in (export_model, deploy.save_model):
+            with pytest.raises(BadInput, match='for images with several labels or none'): f(learn, tmp_path/'m')
+    assert not list(tmp_path.iterdir())
 
 def test_loaders_that_do_not_say_how_pixels_are_scaled(tmp_path, pictures):
     from fastai.learner import Learner
