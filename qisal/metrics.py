@@ -218,7 +218,7 @@ def _solve(x, mask, tol, max_iter):
 _ROAD_CPP = r'''
 #include <cmath>
 #include <vector>
-extern "C" long road(long images, long channels, long height, long width, const float *x, const bool *mask, float *out, float tol, long max_iter) {
+extern "C" long road(long images, long channels, long height, long width, const float *x, const unsigned char *mask, float *out, float tol, long max_iter) {
   const long w = width + 1, n = height*w, more = n + 2*w;  // a row and the zero after it; an image; with a row of zeros on both sides
   std::vector<float> padded(more + 2), rows(more), hole(n), total(n), r(n), q(n), v(n);
   float *d = &padded[w + 1], *t = &rows[0];
@@ -229,15 +229,23 @@ extern "C" long road(long images, long channels, long height, long width, const 
   for (long i = 0; i < n; i++) total[i] = blur(i);
   long unsolved = 0;
   for (long s = 0; s < images*channels; s++, x += height*width, out += height*width) {
-    const bool *m = mask + s/channels*height*width;
+    const unsigned char *m = mask + s/channels*height*width;
     float low = INFINITY, high = -INFINITY, centre = 0, known = 0, rr = 0, least = 16;
-    for (long p = 0; p < height*width; p++) if (!m[p]) { centre += x[p]; known++; low = std::fmin(low, x[p]); high = std::fmax(high, x[p]); }
+    for (long p = 0; p < height*width; p++) out[p] = m[p] ? 0 : x[p];
+    for (long p = 0; p < height*width; p++) {  // no branches here: a random mask would mislead the processor's guesses
+      const float far = m[p]*1e38f, a = out[p] + far, b = out[p] - far;
+      centre += out[p];
+      known += 1 - m[p];
+      low = a < low ? a : low;
+      high = high < b ? b : high;
+    }
     centre /= known;
     if (centre < low) centre = low;
     if (centre > high) centre = high;
     const float span = high == low ? 1 : high - low;  // unknowns are deviations from the mean, in units of the range
-    for (long y = 0, i = 0, p = 0; y < height; y++, d[i] = hole[i] = 0, i++)
-      for (long c = 0; c < width; c++, i++, p++) { hole[i] = m[p]; d[i] = m[p] ? 0 : (x[p] - centre)/span; }
+    for (long y = 0; y < height; y++)
+      for (long c = 0, i = y*w, p = y*width; c < width; c++) { const float value = (x[p + c] - centre)/span; hole[i + c] = m[p + c]; d[i + c] = m[p + c] ? 0 : value; }
+    for (long i = width; i < n; i += w) d[i] = 0;
     blur_rows();
     for (long i = 0; i < n; i++) { d[i] = r[i] = hole[i]*blur(i); v[i] = 0; rr += r[i]*r[i]; }
     float dd = rr;
@@ -254,7 +262,8 @@ extern "C" long road(long images, long channels, long height, long width, const 
       for (long i = 0; i < n; i++) d[i] = r[i] + beta*d[i];
     }
     unsolved += rr > 2*tol*tol*least;
-    for (long y = 0, i = 0, p = 0; y < height; y++, i++) for (long c = 0; c < width; c++, i++, p++) out[p] = m[p] ? centre + span*v[i] : x[p];
+    for (long y = 0; y < height; y++)
+      for (long c = 0, i = y*w, p = y*width; c < width; c++) { const float kept = out[p + c], solved = centre + span*v[i + c]; out[p + c] = hole[i + c] > 0 ? solved : kept; }
   }
   return unsolved;
 }'''
@@ -304,7 +313,7 @@ def road_fill(
     v, unsolved = _solve_compiled(road, wide, mask, tol, max_iter) if road else _solve(wide, mask, tol, max_iter)
     if unsolved: raise RuntimeError(f'ROAD: {unsolved} channels of images are not solved after {max_iter} iterations; raise max_iter or tol.')
     if not isinstance(noise, torch.Tensor): noise = noise*standard_normal(x.shape, generator).to(x.device)
-    return torch.where(mask[:, None], (v + noise).to(x.dtype), x)
+    return v.addcmul_(noise.to(v), mask[:, None].to(v.dtype)).to(x.dtype)  # `v` holds the kept pixels as they are
 
 # %% ../nbs/07_metrics.ipynb #07f5d258
 def _in_best_layout(model):
