@@ -139,7 +139,7 @@ Examples:
 
 \b
   qisal run --spec reports/smoke/specs/RUN.json --out reports/smoke
-  qisal run --spec RUN.json --out results --batch-size 16 --lr 0.001   # the same run with other values, under another name
+  qisal run --spec RUN.json --out results --batch-size 16 --lr 0.001   # other values: another run
   for f in specs/*.json; do sbatch --wrap "qisal run --spec $f --out results"; done"""
 
 @app.command(help=RUN_HELP)
@@ -332,7 +332,10 @@ def export_folder(
     out = Path(out) if out is not None else source/'export' if is_run else Path(f'{os.path.abspath(source)}-export')
     model, config = load_model(folder)
     if os.path.abspath(out) == os.path.abspath(folder): raise BadInput(f"--out is {out}, the folder that is read; name another.")
-    if quant_layers(model): model = bake(model)
+    if not quant_layers(model):
+        raise BadInput(f"{source} holds a float network, which has no low-bit weights to pack; export a run with fewer bits "
+                       f"(qisal study --bits 4), or train it with PACTCallback in Python.")
+    model = bake(model)
     extra = {**config['extra'], **_run_facts(source)}
     return export_model(model, out, **{k: config.get(k) for k in ('classes', 'n_in', 'size', 'stats', 'background')}, extra=extra, to=to, opset=opset)
 

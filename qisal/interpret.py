@@ -29,7 +29,8 @@ def _figure(height, nrows=1, ncols=1, width=WIDTH, **kw):
     "A figure in the study's style that pyplot has let go of, and its axes as an array nrows x ncols."
     import matplotlib.pyplot as plt
     with applied(study_style()):
-        fig, axs = plt.subplots(nrows, ncols, squeeze=False, figsize=(width, height), dpi=100, layout='constrained', FigureClass=StudyFigure, **kw)
+        fig, axs = plt.subplots(nrows, ncols, squeeze=False, figsize=(width, height), dpi=100, layout='constrained',
+                                FigureClass=StudyFigure, **kw)
     plt.close(fig)
     return fig, axs
 
@@ -132,7 +133,8 @@ def _curve_axes(ax, curves, title, images):
     counts = {df.attrs.get('n') for df in curves.values()}
     n = counts.pop() if len(counts) == 1 else None
     measured = f'{n:,} {images}' if n else f'the {images}'
-    _dress(ax, plain_text(title), f"pixels removed{', ' + orders.pop() if len(orders) == 1 else ''} (% of the image)", plain_text(f'accuracy (% of {measured})'))
+    removed = f"pixels removed{', ' + orders.pop() if len(orders) == 1 else ''} (% of the image)"
+    _dress(ax, plain_text(title), removed, plain_text(f'accuracy (% of {measured})'))
     _percent(ax.xaxis)
     _percent(ax.yaxis)
     ax.set_ylim(-.02, 1.02)
@@ -335,7 +337,7 @@ def plot_accuracy_vs_bits(
         ax.set_xticks(range(len(bits)), bits)
         ax.set_xlim(-.5, len(bits) - .5)
         ax.yaxis.set_major_formatter(lambda v, _: f'{100*v:.4g}%')
-    if set(handles) != {'without guidance'}: _legend(fig, list(handles.values()))  # a legend names nothing that isn't drawn
+    if set(handles) != {'without guidance'}: _legend(fig, list(handles.values()))  # names nothing that isn't drawn
     fig.suptitle(plain_text(title), fontsize=13)
     return fig
 
@@ -351,7 +353,8 @@ def plot_history(
     panels = [p for p in (('loss', losses), ('metrics', [c for c in names if c not in losses])) if p[1]]
     fig, axs = _figure(4.2, 1, len(panels))
     for ax, (kind, cols) in zip(axs[0], panels):
-        for c, style in zip(cols, series_styles(len(cols))): ax.plot(h.epoch, h[c].astype(float), label=WORDS.get(c) or plain_text(c.replace('_', ' ')), **style)
+        for c, style in zip(cols, series_styles(len(cols))):
+            ax.plot(h.epoch, h[c].astype(float), label=WORDS.get(c) or plain_text(c.replace('_', ' ')), **style)
         shares = kind == 'metrics' and h[cols].astype(float).stack().between(0, 1).all()
         _dress(ax, kind, 'epoch', 'loss (nats)' if kind == 'loss' else 'share of the validation images (%)' if shares else 'value')
         if shares: _percent(ax.yaxis)
@@ -364,15 +367,16 @@ def plot_history(
 def _in_order(dl, device):
     "A fastai loader over all of `dl`'s images from first to last, made from torch's own if need be."
     if isinstance(dl, DataLoader): return dl.new(shuffle=False, drop_last=False)
-    if not isinstance(dl, TorchDataLoader): raise BadInput(f"the loader is a {type(dl).__name__}; give a DataLoader of fastai or torch.")
-    return DataLoader(dl.dataset, bs=dl.batch_size or 64, shuffle=False, num_workers=dl.num_workers, create_batch=dl.collate_fn, device=device)
+    if not isinstance(dl, TorchDataLoader): raise BadInput(f"the loader is a {type(dl).__name__}; give one of fastai or torch.")
+    return DataLoader(dl.dataset, bs=dl.batch_size or 64, shuffle=False, num_workers=dl.num_workers,
+                      create_batch=dl.collate_fn, device=device)
 
 def _softmax(pred): return pred.softmax(-1)
 
 class SaliencyInterpretation(ClassificationInterpretation):
     "Interpretation of an image classifier with saliency; make one with `SaliencyInterpretation.from_learner(learn)`."
     def __init__(self, learn, dl, losses, act=None):
-        if act is None and not hasattr(learn.loss_func, 'activation'): act = _softmax  # a loss of torch's own: its scores are no probabilities
+        if act is None and not hasattr(learn.loss_func, 'activation'): act = _softmax  # a loss of torch's own
         store_attr('learn,dl,losses,act')
         vocab = getattr(dl, 'vocab', None) or getattr(dl.dataset, 'classes', None)
         if vocab is None: vocab = [str(o) for o in range(self.take([0])[2].shape[1])]
@@ -458,9 +462,10 @@ def _top_losses(self,
     return _draw_losses(_pictures(self.dl, x), maps, titles, f"{'Largest' if largest else 'Smallest'} losses, {name} of the {explain} class", ncols)
 
 def _columns(n):
-    "Columns for `n` panels, four at most, about as many as rows: no panel alone in the last row if that can be, then few empty places."
+    "Columns for `n` panels, four at most: no panel alone in the last row if that can be, then few empty places."
     side = math.sqrt(n)
-    return min(n, min((c for c in (1, 2, 3, 4) if c >= min(.75*side, 3)), key=lambda c: (c > 1 and n % c == 1 or c == 1 < n, -n % c, abs(c - 1.2*side))))
+    def cost(c): return c > 1 and n % c == 1 or c == 1 < n, -n % c, abs(c - 1.2*side)
+    return min(n, min((c for c in (1, 2, 3, 4) if c >= min(.75*side, 3)), key=cost))
 
 def _draw_losses(pics, maps, titles, title, ncols):
     n = len(pics)
@@ -492,8 +497,8 @@ def _confusion(self,
     named = copy.copy(self)
     named.vocab = [plain_text(o) for o in self.vocab]
     with self.learn.no_bar(), applied(study_style()), told_once():
-        ClassificationInterpretation.plot_confusion_matrix(named, normalize, plain_text(title), cmap, norm_dec, plot_txt,
-                                                           **{'figsize': (6.4, 6), 'dpi': 100, 'FigureClass': StudyFigure, **kw})
+        kw = {'figsize': (6.4, 6), 'dpi': 100, 'FigureClass': StudyFigure, **kw}
+        ClassificationInterpretation.plot_confusion_matrix(named, normalize, plain_text(title), cmap, norm_dec, plot_txt, **kw)
     fig = plt.gcf()
     plt.close(fig)
     fig.axes[0].set_xlabel(f"Predicted class{' (numbers: share of the actual class)' if normalize else ' (numbers: images)'}", fontsize=11)

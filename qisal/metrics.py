@@ -8,9 +8,11 @@ __all__ = ['ORDERS', 'FRACS', 'SIMILARITIES', 'keep_rng', 'pixel_rank', 'road_fi
            'sanity_check', 'wilson_interval', 'mean_interval', 'paired_difference', 'bootstrap_interval']
 
 # %% ../nbs/07_metrics.ipynb #18756263
-import copy, math, random, warnings
+import copy, ctypes, math, os, random, subprocess, sys, tempfile, warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import product
+from functools import cache
+from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from torch import nn
@@ -20,6 +22,7 @@ from torch.utils.data import DataLoader as TorchDataLoader, RandomSampler
 
 from .core import ATTRIBUTIONS, FILLS, BadInput, check_in, check_range
 from .data import DataLoader as FastaiDataLoader, DataLoaders
+from .quant import has_compiler
 from .saliency import attribute, eval_mode, feature_saliency, fill_values, n_masked, saliency_gradient, standard_normal
 
 # %% ../nbs/07_metrics.ipynb #de073071
@@ -177,31 +180,122 @@ def _maps(model, x, y, method, draws, kw):
     return _as_maps(a, x), None
 
 # %% ../nbs/07_metrics.ipynb #76053384
-def _neighbours(v):
-    "Sum over the neighbours, 1/6 direct and 1/12 diagonal, of images N x C x H x W with zeros around them."
-    v = F.pad(v, (1, 1, 1, 1))
-    r = v[..., :-2] + 2*v[..., 1:-1] + v[..., 2:]  # [1 2 1] along rows, then along columns, is 12 times the weights ...
-    r = r[..., :-2, :] + 2*r[..., 1:-1, :] + r[..., 2:, :]
-    return r/12 - v[..., 1:-1, 1:-1]/3  # ... but for the pixel itself, which must not count
+def _lines(o):
+    "Images N x C x H x W as H*(W + 1) x N*C: pixels first, with a zero after each row, so that shifts are slices and never wrap around."
+    return F.pad(o, (0, 1)).permute(2, 3, 0, 1).reshape(o.shape[2]*(o.shape[3] + 1), -1).contiguous()
 
-def _solve(hole, b, total, v, tol, max_iter):
-    "Conjugate gradients for (total - neighbours) v = b on the pixels where `hole` is 1, preconditioned by the diagonal `total`."
-    tiny = torch.finfo(v.dtype).tiny
-    dot = lambda a, c: (a*c).sum((-1, -2), keepdim=True)
-    inverse = hole/total
-    r = hole*(b - total*v + _neighbours(v))
-    d = inverse*r
-    rz = dot(r, d)
-    for _ in range(max_iter):
-        going = r.abs().amax((-1, -2), keepdim=True) > tol
-        if not going.any(): return v
-        q = hole*(total*d - _neighbours(d))
-        step = going*rz/dot(d, q).clamp_min(tiny)  # an image that is done stands still: its answer doesn't depend on its batch
-        v, r = v + step*d, r - step*q
-        z = inverse*r
-        rz, old = dot(r, z), rz
-        d = z + rz/old.clamp_min(tiny)*d
-    raise RuntimeError(f'ROAD: {int(going.sum())} channels of images are not solved after {max_iter} iterations; raise max_iter or tol.')
+def _blur(v, w):
+    "[1 2 1] along the rows, then along the columns, of lines with `w` numbers a row."
+    v = F.pad(v, (0, 0, w + 1, w + 1))
+    v = torch.add(v[:-2], v[2:]).add_(v[1:-1], alpha=2)
+    return torch.add(v[:-2*w], v[2*w:]).add_(v[w:-w], alpha=2)
+
+def _solve(x, mask, tol, max_iter):
+    "(images with their removed pixels solved, number of systems that are not) by conjugate gradients, all systems at once."
+    m, w, tiny = mask[:, None], x.shape[3] + 1, torch.finfo(x.dtype).tiny
+    low, high = x.masked_fill(m, math.inf).amin((2, 3), keepdim=True), x.masked_fill(m, -math.inf).amax((2, 3), keepdim=True)
+    centre = (x.masked_fill(m, 0).sum((2, 3), keepdim=True)/(~m).sum((2, 3), keepdim=True)).clamp(low, high)
+    span = (high - low).masked_fill(high == low, 1)  # unknowns are deviations from the known pixels' mean, in units of their range
+    hole, total = _lines(m.expand_as(x).to(x.dtype)), _blur(_lines(torch.ones_like(x[:1, :1])), w)
+    d = r = hole*_blur(_lines(((x - centre)/span).masked_fill(m, 0)), w)
+    v, total, rr = torch.zeros_like(r), hole*total, (r*r).sum(0)
+    dd, least, going = rr, torch.full_like(rr, 16.), torch.ones_like(rr, dtype=torch.bool)  # no eigenvalue is above 16
+    for i in range(max_iter + 1):
+        going = going & (rr > 2*tol**2*least)  # what is done stands still: its answer doesn't depend on its batch
+        if i == max_iter or not going.any(): break
+        q = torch.addcmul(total*d, hole, _blur(d, w), value=-1)
+        dq = (d*q).sum(0).clamp_min(tiny)
+        least = torch.minimum(least, dq/dd.clamp_min(tiny))
+        step, old = going*rr/dq, rr
+        v.addcmul_(step, d)
+        r = torch.addcmul(r, step, q, value=-1)
+        rr = (r*r).sum(0)
+        beta = going*rr/old.clamp_min(tiny)
+        d, dd = torch.addcmul(r, beta, d), rr + beta*beta*dd
+    v = v.view(x.shape[2], w, *x.shape[:2])[:, :-1].permute(2, 3, 0, 1)
+    return torch.where(m, centre + span*v, x), int(going.sum())
+
+# %% ../nbs/07_metrics.ipynb #a61c7e21
+_ROAD_CPP = r'''
+#include <cmath>
+#include <vector>
+extern "C" long road(long images, long channels, long height, long width, const float *x, const unsigned char *mask, float *out, float tol, long max_iter) {
+  const long w = width + 1, n = height*w, more = n + 2*w;  // a row and the zero after it; an image; with a row of zeros on both sides
+  std::vector<float> padded(more + 2), rows(more), hole(n), total(n), r(n), q(n), v(n);
+  float *d = &padded[w + 1], *t = &rows[0];
+  auto blur_rows = [&] { for (long i = 0; i < more; i++) t[i] = padded[i] + 2*padded[i + 1] + padded[i + 2]; };
+  auto blur = [&](long i) { return t[i] + 2*t[i + w] + t[i + 2*w]; };
+  for (long i = 0; i < n; i++) d[i] = i % w < width;
+  blur_rows();
+  for (long i = 0; i < n; i++) total[i] = blur(i);
+  long unsolved = 0;
+  for (long s = 0; s < images*channels; s++, x += height*width, out += height*width) {
+    const unsigned char *m = mask + s/channels*height*width;
+    float low = INFINITY, high = -INFINITY, centre = 0, known = 0, rr = 0, least = 16;
+    for (long p = 0; p < height*width; p++) out[p] = m[p] ? 0 : x[p];
+    for (long p = 0; p < height*width; p++) {  // no branches here: a random mask would mislead the processor's guesses
+      const float far = m[p]*1e38f, a = out[p] + far, b = out[p] - far;
+      centre += out[p];
+      known += 1 - m[p];
+      low = a < low ? a : low;
+      high = high < b ? b : high;
+    }
+    centre /= known;
+    if (centre < low) centre = low;
+    if (centre > high) centre = high;
+    const float span = high == low ? 1 : high - low;  // unknowns are deviations from the mean, in units of the range
+    for (long y = 0; y < height; y++)
+      for (long c = 0, i = y*w, p = y*width; c < width; c++) { const float value = (x[p + c] - centre)/span; hole[i + c] = m[p + c]; d[i + c] = m[p + c] ? 0 : value; }
+    for (long i = width; i < n; i += w) d[i] = 0;
+    blur_rows();
+    for (long i = 0; i < n; i++) { d[i] = r[i] = hole[i]*blur(i); v[i] = 0; rr += r[i]*r[i]; }
+    float dd = rr;
+    for (long k = 0; k < max_iter && rr > 2*tol*tol*least; k++) {
+      float dq = 0, old = rr;
+      blur_rows();
+      for (long i = 0; i < n; i++) { q[i] = hole[i]*(total[i]*d[i] - blur(i)); dq += d[i]*q[i]; }
+      least = std::fmin(least, dq/dd);
+      const float step = rr/dq;
+      rr = 0;
+      for (long i = 0; i < n; i++) { v[i] += step*d[i]; r[i] -= step*q[i]; rr += r[i]*r[i]; }
+      const float beta = rr/old;
+      dd = rr + beta*beta*dd;
+      for (long i = 0; i < n; i++) d[i] = r[i] + beta*d[i];
+    }
+    unsolved += rr > 2*tol*tol*least;
+    for (long y = 0; y < height; y++)
+      for (long c = 0, i = y*w, p = y*width; c < width; c++) { const float kept = out[p + c], solved = centre + span*v[i + c]; out[p + c] = hole[i + c] > 0 ? solved : kept; }
+  }
+  return unsolved;
+}'''
+
+# %% ../nbs/07_metrics.ipynb #a61c7e22
+@cache
+def _compiled_road():
+    "The C++ function, compiled once a process; None without a compiler, or, with a warning, where compiling fails."
+    if not has_compiler(): return None
+    compiler = os.environ.get('CXX') or ('clang++' if sys.platform == 'darwin' else 'g++')
+    flags = '-std=c++11 -O3 -march=native -fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno -shared -fPIC'
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder)/'road.cpp', Path(folder)/'road.so'
+        source.write_text(_ROAD_CPP)
+        try:
+            subprocess.run([compiler, *flags.split(), '-o', str(library), str(source)], check=True, capture_output=True, text=True)
+            road = ctypes.CDLL(str(library)).road
+        except (OSError, subprocess.CalledProcessError) as e:
+            why = ' '.join((getattr(e, 'stderr', None) or str(e)).split())[:200]
+            warnings.warn(f"{compiler} can't compile ROAD's solver here ({why}); torch solves instead, more slowly, with the same answer.")
+            return None
+    road.restype, road.argtypes = ctypes.c_long, [ctypes.c_long]*4 + [ctypes.c_void_p]*3 + [ctypes.c_float, ctypes.c_long]
+    return road
+
+def _solve_compiled(road, x, mask, tol, max_iter):
+    "What `_solve` gives, for float32 images on the CPU."
+    def some(x, mask, out): return road(*x.shape, x.data_ptr(), mask.data_ptr(), out.data_ptr(), tol, max_iter)
+    x, mask, out = x.contiguous(), mask.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    parts = [o.tensor_split(max(1, min(torch.get_num_threads(), len(x)))) for o in (x, mask, out)]
+    if len(parts[0]) == 1: return out, some(x, mask, out)
+    with ThreadPoolExecutor(len(parts[0])) as pool: return out, sum(pool.map(some, *parts))
 
 # %% ../nbs/07_metrics.ipynb #33a2e762
 def road_fill(
@@ -209,20 +303,18 @@ def road_fill(
     mask:torch.Tensor, # N x H x W bool, True where a pixel is removed; at least one pixel an image must stay
     noise=.01, # Deviation of the noise, in units of `x` (the paper's value); or a tensor shaped like `x` to add instead
     generator:torch.Generator=None, # Source of the noise; a CPU generator
-    tol:float=1e-5, # An image is done when no equation is off by more than this times its largest magnitude
-    max_iter:int=1000, # Largest number of iterations; 40 do for 28 x 28 pixels
+    tol:float=2.5e-5, # An image is done when its pixels are right to this share of the range of its known pixels
+    max_iter:int=1000, # Largest number of iterations; 100 do for 28 x 28 pixels
 )->torch.Tensor: # New images N x C x H x W; kept pixels are untouched
     "Noisy linear imputation (Rong et al. 2022), solved in float32 or better. Raises `BadInput` if a mask leaves nothing."
     if mask.dtype != torch.bool or mask.shape != (len(x), *x.shape[2:]): raise BadInput(f"mask is {mask.dtype} {tuple(mask.shape)}; it must be bool {(len(x), *x.shape[2:])}.")
     if mask.flatten(1).all(1).any(): raise BadInput("a mask removes every pixel of an image; keep at least one to fill the rest from.")
-    wide = x if x.dtype == torch.float64 else x.float()
-    hole = mask[:, None].to(wide.dtype)
-    known = wide*(1 - hole)
-    mean = known.sum((-1, -2), keepdim=True)/(1 - hole).sum((-1, -2), keepdim=True)
-    total = _neighbours(torch.ones_like(hole[:1]))
-    v = _solve(hole, _neighbours(known), total, hole*mean, tol*known.abs().amax((-1, -2), keepdim=True), max_iter)
+    wide = x.detach() if x.dtype == torch.float64 else x.detach().float()
+    road = _compiled_road() if wide.device.type == 'cpu' and wide.dtype == torch.float32 else None
+    v, unsolved = _solve_compiled(road, wide, mask, tol, max_iter) if road else _solve(wide, mask, tol, max_iter)
+    if unsolved: raise RuntimeError(f'ROAD: {unsolved} channels of images are not solved after {max_iter} iterations; raise max_iter or tol.')
     if not isinstance(noise, torch.Tensor): noise = noise*standard_normal(x.shape, generator).to(x.device)
-    return torch.where(mask[:, None], (v + noise).to(x.dtype), x)
+    return v.addcmul_(noise.to(v), mask[:, None].to(v.dtype)).to(x.dtype)  # `v` holds the kept pixels as they are
 
 # %% ../nbs/07_metrics.ipynb #07f5d258
 def _in_best_layout(model):
@@ -265,13 +357,19 @@ def _streams(seed, names):
     return {o: torch.Generator().manual_seed(int(np.random.SeedSequence([seed, *map(ord, o)]).generate_state(1)[0])) for o in names}
 
 def _fillers(x, fills, draws):
-    "For each fill a function from a mask to filled images."
+    "For each fill a function from ranks and numbers of removed pixels to the filled images of each number, one after the other."
     def paint(fill):
         new = fill_values(x, fill, draws['fill'])
-        return lambda mask: torch.where(mask[:, None], new, x)
+        return lambda rank, levels: (torch.where((rank < k)[:, None], new, x) for k in levels)
     def road():
         noise = .01*standard_normal(x.shape, draws['road']).to(x.device)
-        return lambda mask: road_fill(x, mask, noise)
+        some = 1 if x.device.type == 'cpu' else max(1, 2**24//x.numel())  # a GPU solves several levels in the time of one
+        def fill(rank, levels):
+            for i in range(0, len(levels), some):
+                masks = [rank < k for k in levels[i:i + some]]
+                many = lambda o: o.repeat(len(masks), 1, 1, 1)
+                yield from road_fill(many(x), torch.cat(masks), many(noise)).split(len(x))
+        return fill
     return {o: road() if o == 'road' else paint(o) for o in fills}
 
 # %% ../nbs/07_metrics.ipynb #b8bfb5bf
@@ -282,15 +380,17 @@ def _judge(model, run, x, y, methods, orders, fills, levels, draws, own, kw):
     blank = torch.zeros(len(methods), len(y), dtype=torch.bool, device=x.device)
     top, filler, clean = int(y.max()), _fillers(x, fills, draws), None
     correct = lambda out: _check_logits(out, len(y), top).argmax(1) == y
+    n_clean = levels.count(0)
     ties = torch.rand((len(x), *x.shape[2:]), generator=draws['ties'])
     for i, (name, m) in enumerate(methods.items()):
         maps, out = _maps(model, x, y, m, own[name], kw.get(name, {}))
         blank[i] = _blank(maps)
-        if clean is None and 0 in levels: clean = correct(run(x) if out is None else out)
+        if clean is None and n_clean: clean = correct(run(x) if out is None else out)
         for j, order in enumerate(orders):
             rank = pixel_rank(maps, order, ties).to(torch.int32)
-            for (f, fill), (l, k) in product(enumerate(fills), enumerate(levels)):
-                right[i, f, j, l] = clean if k == 0 else correct(run(filler[fill](rank < k)))
+            for f, fill in enumerate(fills):
+                if n_clean: right[i, f, j, :n_clean] = clean
+                for l, new in enumerate(filler[fill](rank, levels[n_clean:]), n_clean): right[i, f, j, l] = correct(run(new))
     return right, blank
 
 def _tell_blank(blank, n, share=.1):

@@ -196,7 +196,7 @@ _FLOOR = torch.finfo(torch.float32).tiny * 2**20  # smallest range, whatever typ
 
 def _rows(t, per_channel): return t.reshape(len(t) if per_channel else 1, -1)
 def _unrow(v, t, per_channel): return v.reshape(-1, *[1]*(t.dim() - 1)) if per_channel else v.reshape(())
-def _largest(t, per_channel): return _unrow(_rows(t.abs(), per_channel).amax(1), t, per_channel)
+def _largest(magnitudes, per_channel): return _unrow(_rows(magnitudes, per_channel).amax(1), magnitudes, per_channel)
 
 def _moments(magnitudes, per_channel):
     "Mean and root of the mean square, summed in float64 (float32 on Apple's GPUs, which lack it): in float32 the last digits would depend on the number of threads."
@@ -228,7 +228,7 @@ def dorefa_normalise(
 )->torch.Tensor: # `tanh(w)/max|tanh(w)|`, in [-1, 1], dtype of `w`; zeros where all weights are zero
     "The inner part of DoReFa's weight quantizer (arXiv 1606.06160, equation 9), differentiable."
     t = _wide(w).tanh()
-    largest = _largest(t, per_channel)
+    largest = _largest(t.abs(), per_channel)
     return (t/torch.where(largest > 0, largest, 1.)).to(w.dtype)
 
 def _prepare(w, bits, method, per_channel, rescale):
@@ -237,7 +237,7 @@ def _prepare(w, bits, method, per_channel, rescale):
     if method != 'dorefa': return w, sawb_clip(w, bits, method == 'sawb_zero', per_channel), n_levels(bits, method)
     t = dorefa_normalise(w, per_channel)
     if not rescale: return t, w.new_ones(()), n_levels(bits, method)
-    largest = _largest(w.detach(), per_channel)
+    largest = _largest(w.detach().abs(), per_channel)
     return t*torch.where(largest > 0, largest, 1.), largest.clamp(min=_FLOOR), n_levels(bits, method)
 
 # %% ../nbs/03_quant.ipynb #381bf07f
