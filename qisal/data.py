@@ -648,7 +648,7 @@ def pixel_stats(
     std = np.sqrt((p*(v - mean[:, None])**2).sum(1))
     return tuple(mean.tolist()), tuple(np.maximum(std, 1/255).tolist())
 
-# %% ../nbs/01_data.ipynb #269d57b8
+# %% ../nbs/01_data.ipynb #d3c8f5a0
 _HOOKS = ('after_item', 'before_batch', 'create_item', 'create_batch', 'create_batches', 'sample', 'shuffle_fn', 'do_batch', 'retain', 'wif')
 
 def _check_hooks(given):
@@ -663,6 +663,7 @@ def _check_hooks(given):
     if theirs or isinstance(f, (list, tuple)):
         raise BadInput(f"after_batch is {', '.join(theirs) or f}, which a ResidentDL can't apply: {way}.")
 
+# %% ../nbs/01_data.ipynb #269d57b8
 class ResidentDL(DataLoader):
     "fastai `DataLoader` over a `ResidentDataset`: batches are sliced whole; the order depends on `seed` and the pass alone."
     def __init__(self,
