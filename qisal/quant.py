@@ -19,6 +19,10 @@ from fastcore.basics import patch
 from .core import BITS, WEIGHT_QUANTIZERS, BadInput, as_bits, as_whole, check_in, check_range
 
 # %% ../nbs/03_quant.ipynb #38c30581
+def _divide(a, n):
+    "`a/n`, rounded once on every device; CUDA multiplies by 1/n where `n` is a Python number."
+    return a/torch.full_like(a, n)
+
 def _on_grid(x, step, n): return x.div(step).round_().clamp_(0, n).mul_(step)
 
 def _quantize(x, alpha, step, n):
@@ -58,9 +62,9 @@ class _PACTFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, alpha, bits):
         n, a, x32 = 2**bits - 1, alpha.float(), x.float()
-        if torch.compiler.is_compiling(): y, part = _quantize_flat(x32, a, a/n, torch.tensor(float(n), device=x.device))  # the whole network is compiled
-        elif _fits(x32): y, part = (_shaped(o, x32) for o in _compiled['quantize'](x32.view(-1), a, a/n, torch.tensor(float(n))))
-        else: y, part = _quantize(x32, a, a/n, n)
+        if torch.compiler.is_compiling(): y, part = _quantize_flat(x32, a, _divide(a, n), torch.tensor(float(n), device=x.device))  # the whole network is compiled
+        elif _fits(x32): y, part = (_shaped(o, x32) for o in _compiled['quantize'](x32.view(-1), a, _divide(a, n), torch.tensor(float(n))))
+        else: y, part = _quantize(x32, a, _divide(a, n), n)
         ctx.save_for_backward(part)
         ctx.alpha_dtype = alpha.dtype
         return y.to(x.dtype)
@@ -89,7 +93,7 @@ def pact(
     "PACT activation quantizer (arXiv 1805.06085, equations 1 to 3) with its straight-through gradients for `x` and `alpha`."
     if torch.is_grad_enabled() and not _exported(): return _PACTFunction.apply(x, alpha, bits)
     n, a = 2**bits - 1, alpha.float()
-    return _on_grid(x.float(), a/n, n).to(x.dtype)
+    return _on_grid(x.float(), _divide(a, n), n).to(x.dtype)
 
 # %% ../nbs/03_quant.ipynb #e80e1666
 def has_compiler()->bool:
@@ -176,8 +180,8 @@ def to_codes(
     "The nearest level of each value, as an integer; ties go to the even index, values outside the range to its ends. 16-bit types are widened first."
     t, clip, top = _wide(t), _wide(clip), levels - 1
     index = (t + clip).mul_(top / (2*clip)).round_().clamp_(0, top)
-    if levels % 2: return index.sub_(top//2), 2*clip/top
-    return index.mul_(2).sub_(top), clip/top
+    if levels % 2: return index.sub_(top//2), _divide(2*clip, top)
+    return index.mul_(2).sub_(top), _divide(clip, top)
 
 # %% ../nbs/03_quant.ipynb #c785529e
 class _ToGrid(torch.autograd.Function):

@@ -22,7 +22,7 @@ def walk(root=ROOT):
 
 def git(*args, cwd=ROOT):
     "Lines that a git command prints, or None where there is no git or no repository."
-    try: r = subprocess.run(['git', '-c', f'safe.directory={cwd}', *args], cwd=cwd, capture_output=True, text=True)
+    try: r = subprocess.run(['git', '-c', f'safe.directory={cwd}', *args], cwd=cwd, capture_output=True, text=True, encoding='utf-8')
     except FileNotFoundError: return None
     return r.stdout.split('\0') if r.returncode == 0 and (Path(cwd)/'.git').exists() else None
 

@@ -21,12 +21,12 @@ def main():
     s, lock = settings(), ROOT/'constraints.txt'
     wanted = [o for k in s if k == 'requirements' or k == 'dev_requirements' for o in s[k].split()]
     with tempfile.TemporaryDirectory() as d:
-        (Path(d)/'in').write_text('\n'.join(wanted) + '\n')
-        if lock.exists(): (Path(d)/'out').write_text(lock.read_text())
+        (Path(d)/'in').write_text('\n'.join(wanted) + '\n', encoding='utf-8')
+        if lock.exists(): (Path(d)/'out').write_text(lock.read_text(encoding='utf-8'), encoding='utf-8')
         subprocess.run([sys.executable, '-m', 'uv', 'pip', 'compile', '--universal', '--python-version', s['min_python'], '--no-header',
             '--no-annotate', '--no-emit-index-url', '--no-emit-find-links', '--quiet', '-o', 'out', 'in'], cwd=d, check=True)
-        pins = (Path(d)/'out').read_text()
-    lock.write_text(HEAD + pins)
+        pins = (Path(d)/'out').read_text(encoding='utf-8')
+    lock.write_text(HEAD + pins, encoding='utf-8')
     print(f"constraints.txt: {len(pins.splitlines())} pins")
 
 if __name__ == '__main__': main()

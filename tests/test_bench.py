@@ -15,8 +15,8 @@ def small(tmp_path_factory):
     "Every group but `study`, at a small size, with one peer that is there and broken."
     out, fake = tmp_path_factory.mktemp('bench'), tmp_path_factory.mktemp('peers')/'brevitas'
     fake.mkdir()
-    (fake/'__init__.py').write_text("")
-    (fake/'nn.py').write_text("raise ImportError('this torch is too new for me')")
+    (fake/'__init__.py').write_text("", encoding='utf-8')
+    (fake/'nn.py').write_text("raise ImportError('this torch is too new for me')", encoding='utf-8')
     groups = ','.join(o for o in GROUPS if o != 'study')
     r = qisal('bench', '--rows', groups, '--batch', 8, '--repeats', 1, '--out', out/'results', PYTHONPATH=f'{fake.parent}:{Path(__file__).parents[1]}')
     assert r.returncode == 0, r.stderr
@@ -25,7 +25,7 @@ def small(tmp_path_factory):
 
 def test_every_row_is_measured_once(small):
     out, r = small
-    result = json.loads((out/'bench.json').read_text())
+    result = json.loads((out/'bench.json').read_text(encoding='utf-8'))
     assert set(result['rows']) == {k for k, v in ROWS.items() if v.group != 'study'}
     for name, row in result['rows'].items():
         assert row['title'] in r.stdout
@@ -37,14 +37,14 @@ def test_every_row_is_measured_once(small):
 
 
 def test_a_peer_that_is_missing_is_a_row_and_no_error(small):
-    rows = json.loads((small[0]/'bench.json').read_text())['rows']
+    rows = json.loads((small[0]/'bench.json').read_text(encoding='utf-8'))['rows']
     assert rows['brevitas']['value'] is None and 'fails: ImportError: this torch is too new for me' in rows['brevitas']['why']
     for o in ('fms', 'fasterai'): assert rows[o]['why'] == 'not installed' or rows[o]['value'] > 0
     assert 'too new for me' in small[1].stdout
 
 
 def test_memory_of_a_masking_curve_is_flat_in_the_number_of_images(small):
-    flat = json.loads((small[0]/'bench.json').read_text())['scaling']['Memory of a masking curve']
+    flat = json.loads((small[0]/'bench.json').read_text(encoding='utf-8'))['scaling']['Memory of a masking curve']
     assert max(flat['series']['10 levels']) < 1.05*min(flat['series']['10 levels'])
 
 
@@ -52,7 +52,7 @@ def test_the_notebook_and_the_figures_are_kept(small):
     out, _ = small
     assert {o.name for o in out.iterdir()} == {'bench.json', 'bench.png', 'deploy.png', 'scaling.png', 'benchmark.ipynb'}
     for o in ('bench.png', 'deploy.png', 'scaling.png'): assert Image.open(out/o).size[0] >= 900
-    text = (out/'benchmark.ipynb').read_text()
+    text = (out/'benchmark.ipynb').read_text(encoding='utf-8')
     nbformat.validate(nbformat.reads(text, 4))
     plain = re.sub(r'"image/png": "[^"]*"', '', text)
     assert str(out) not in plain and '/tmp' not in plain and str(Path(__file__).parents[1]) not in plain
@@ -66,10 +66,10 @@ def test_bad_wishes_are_refused_before_anything(tmp_path, args, words):
 
 
 def test_out_must_be_a_folder(tmp_path):
-    (tmp_path/'file').write_text('x')
+    (tmp_path/'file').write_text('x', encoding='utf-8')
     for o in ('file', 'file/below'):
         with pytest.raises(BadInput, match='out is .*name another folder'): run_benchmark(tmp_path/o, rows='memory')
-    assert (tmp_path/'file').read_text() == 'x'
+    assert (tmp_path/'file').read_text(encoding='utf-8') == 'x'
 
 
 def test_a_measurement_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
@@ -78,9 +78,9 @@ def test_a_measurement_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     nbformat.write(nbformat.v4.new_notebook(cells=[cell, nbformat.v4.new_code_cell("raise MemoryError('too large')")]), tmp_path/'broken.ipynb')
     monkeypatch.setattr(module, 'asset', lambda *a: tmp_path/'broken.ipynb')
     (tmp_path/'out').mkdir()
-    (tmp_path/'out'/'bench.json').write_text('{"old": 1}')
+    (tmp_path/'out'/'bench.json').write_text('{"old": 1}', encoding='utf-8')
     with pytest.raises(papermill.PapermillExecutionError, match='too large'): run_benchmark(tmp_path/'out', progress=False)
-    assert {o.name: o.read_text() for o in (tmp_path/'out').iterdir()} == {'bench.json': '{"old": 1}'}
+    assert {o.name: o.read_text(encoding='utf-8') for o in (tmp_path/'out').iterdir()} == {'bench.json': '{"old": 1}'}
 
 
 def test_the_table_says_what_held():
@@ -91,7 +91,7 @@ def test_the_table_says_what_held():
 
 def test_what_ships_has_its_bounds_and_floors(small):
     "Every number of the table of what ships is a row; sizes and floors depend on no clock."
-    result = json.loads((small[0]/'bench.json').read_text())
+    result = json.loads((small[0]/'bench.json').read_text(encoding='utf-8'))
     rows, floor = result['rows'], byte_floor(instruction_set())
     bounds = dict(zip(SETTINGS, (.55, .55, .60, .75)))
     for k, bound in bounds.items():

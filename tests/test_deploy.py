@@ -60,7 +60,7 @@ def test_a_learner_brings_its_facts(tmp_path):
     assert c['stats'] == [[float(v) for v in o] for o in dls.stats]
 
 def test_config_is_strict_json_without_paths(tmp_path):
-    text = (save_model(network(), tmp_path/'m', **GREY)/'config.json').read_text()
+    text = (save_model(network(), tmp_path/'m', **GREY)/'config.json').read_text(encoding='utf-8')
     json.loads(text, parse_constant=lambda o: pytest.fail(f'{o} is no JSON'))
     assert str(tmp_path) not in text and os.path.expanduser('~') not in text
 
@@ -71,15 +71,15 @@ def flip(path, at=.5):
 
 def edit(**kw):
     def how(d):
-        c = json.loads((d/'config.json').read_text()); c.update(kw)
-        (d/'config.json').write_text(json.dumps(c))
+        c = json.loads((d/'config.json').read_text(encoding='utf-8')); c.update(kw)
+        (d/'config.json').write_text(json.dumps(c), encoding='utf-8')
     return how
 
 def forge(change):
     "Edit the configuration and seal it again, as somebody with bad intentions would."
     def how(d):
-        c = json.loads((d/'config.json').read_text()); change(c)
-        (d/'config.json').write_text(json.dumps(deploy._sealed(c)))
+        c = json.loads((d/'config.json').read_text(encoding='utf-8')); change(c)
+        (d/'config.json').write_text(json.dumps(deploy._sealed(c)), encoding='utf-8')
     return how
 
 def weights_instead(raw):
@@ -137,12 +137,12 @@ def test_tensors_of_another_network(saved, tmp_path):
 
 def test_no_folder(tmp_path):
     with pytest.raises(BadInput, match='is no folder'): load_model(tmp_path/'none')
-    (tmp_path/'file').write_text('')
+    (tmp_path/'file').write_text('', encoding='utf-8')
     with pytest.raises(BadInput, match='is no folder'): load_model(tmp_path/'file')
 
 def test_other_files_are_left_alone(saved, tmp_path):
     shutil.copytree(saved, tmp_path/'m')
-    (tmp_path/'m'/'README.md').write_text('# a card'); (tmp_path/'m'/'figure.zip').write_bytes(b'PK\x03\x04 cut')
+    (tmp_path/'m'/'README.md').write_text('# a card', encoding='utf-8'); (tmp_path/'m'/'figure.zip').write_bytes(b'PK\x03\x04 cut')
     load_model(tmp_path/'m')
 
 def test_nothing_is_unpickled(saved, monkeypatch):
@@ -160,10 +160,10 @@ def test_missing_facts_are_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 def test_other_things_are_not_overwritten(tmp_path):
-    (tmp_path/'f').write_text('mine'); (tmp_path/'d').mkdir(); (tmp_path/'d'/'x.txt').write_text('mine')
+    (tmp_path/'f').write_text('mine', encoding='utf-8'); (tmp_path/'d').mkdir(); (tmp_path/'d'/'x.txt').write_text('mine', encoding='utf-8')
     for place in ('f', 'd', 'none/m'):
         with pytest.raises(BadInput): save_model(network(), tmp_path/place, **GREY)
-    assert (tmp_path/'f').read_text() == (tmp_path/'d'/'x.txt').read_text() == 'mine' and len(list(tmp_path.iterdir())) == 2
+    assert (tmp_path/'f').read_text(encoding='utf-8') == (tmp_path/'d'/'x.txt').read_text(encoding='utf-8') == 'mine' and len(list(tmp_path.iterdir())) == 2
 
 def test_an_older_model_is_replaced_and_an_empty_folder_used(tmp_path):
     (tmp_path/'m').mkdir()
@@ -218,7 +218,7 @@ def nested(n): return b'{"a":'*n + b'1' + b'}'*n
 def test_deeply_nested_json(saved, tmp_path, n):
     "More levels than Python's stack: in the text, and in an entry of an otherwise whole configuration."
     shutil.copytree(saved, tmp_path/'m')
-    text = (tmp_path/'m'/'config.json').read_text()
+    text = (tmp_path/'m'/'config.json').read_text(encoding='utf-8')
     for raw in (nested(n), text.replace('"extra": {}', f'"extra": {nested(n).decode()}').encode(), b'['*n):
         (tmp_path/'m'/'config.json').write_bytes(raw)
         with pytest.raises(BadInput, match='config.json') as e: load_model(tmp_path/'m')
@@ -292,4 +292,4 @@ def test_several_processes_write_one_folder(tmp_path):
     def write(i): return deploy._write_folder(tmp_path/'m', {**config, 'who': i}, {'a': b'%d' % i, 'b': b'%d' % i})
     with ThreadPoolExecutor(8) as pool: list(pool.map(write, range(n)))
     assert [o.name for o in tmp_path.iterdir()] == ['m']
-    assert json.loads((tmp_path/'m'/'config.json').read_text())['who'] == int((tmp_path/'m'/'a').read_bytes()) == int((tmp_path/'m'/'b').read_bytes())
+    assert json.loads((tmp_path/'m'/'config.json').read_text(encoding='utf-8'))['who'] == int((tmp_path/'m'/'a').read_bytes()) == int((tmp_path/'m'/'b').read_bytes())

@@ -387,7 +387,7 @@ def test_exported_folder_there_and_back(tmp_path, arch, bits, kw):
     with torch.no_grad(): assert torch.equal(got(x), m.eval()(x))
     assert c['baked'] and c['weights']['kind'] == 'packed' and set(c['files']) == {'README.md', 'model.onnx', 'model.safetensors'}
     assert np.array_equal(run(folder/'model.onnx', x), integer_network(got, (1, 28, 28))(x))
-    assert '50.00 %' in (folder/'README.md').read_text()
+    assert '50.00 %' in (folder/'README.md').read_text(encoding='utf-8')
 
 @pytest.mark.parametrize('bits,bound', [('4', 7.7), ('2', 15)])
 def test_files_are_small(tmp_path, bits, bound):
@@ -423,7 +423,7 @@ def test_packed_tensors_that_do_not_fit(shipped, tmp_path):
     for change, message in ((lambda t: t.pop('3.codes'), "lacks the codes or the scale of layer '3'"), (lambda t: t.update({'3.codes': t['3.codes'][:-1].clone()}), "don't hold 2400 codes of 4 bits"),
                             (lambda t: t.pop('3.bias'), "doesn't fit the network")):
         tensors = dict(good); change(tensors); raw = save(tensors)
-        c = json.loads((shipped/'config.json').read_text())
+        c = json.loads((shipped/'config.json').read_text(encoding='utf-8'))
         with pytest.raises(BadInput, match=message): deploy._rebuild(c, raw)
 
 class Unusual(nn.Module):
@@ -488,14 +488,14 @@ def test_the_card_says_what_is_known(tmp_path):
         spec=dict(dataset='mnist', sample=True, epochs=8, guided=True, seed=3))
     m = bake(network('lenet5', '4/2'))
     folder = export_model(m, tmp_path/'m', opset=22, extra=extra, **FACTS)
-    card, config = (folder/'README.md').read_text(), json.loads((folder/'config.json').read_text())
+    card, config = (folder/'README.md').read_text(encoding='utf-8'), json.loads((folder/'config.json').read_text(encoding='utf-8'))
     for words in ('98.76 % of 1,234 test images', '`mnist` (the embedded sample) for 8 epochs, with saliency guidance; seed 3', 'SHA-256 of x_train`: abc',
                   '](masking_curve.png)', 'opset 22', '## Limits', f"{(folder/'model.onnx').stat().st_size:,} bytes"): assert words in card, words
     assert (folder/'masking_curve.png').read_bytes()[:4] == b'\x89PNG' and 'masking_curve.png' in config['files']
     from qisal.cost import count_cost
     cost = count_cost(m, digits(1))
     assert f"{cost['bops']:,} bit operations" in card and f"{cost['macs']:,} multiply" in card
-    plain = (export_model(m, tmp_path/'plain', **FACTS)/'README.md').read_text()
+    plain = (export_model(m, tmp_path/'plain', **FACTS)/'README.md').read_text(encoding='utf-8')
     assert plain.count('Not said at export.') == 2 and 'masking_curve' not in plain
     for k, v in quant_layers(m).items(): assert f'| `{k}` | {v.w_bits} | {v.a_bits} |' in plain
 
@@ -511,7 +511,7 @@ def test_what_is_written_can_be_chosen(tmp_path, to):
     folder = export_model(bake(network('lenet5')), tmp_path/'m', to=to, **FACTS)
     asked = {FILES[o.strip()] for o in (to.split(',') if isinstance(to, str) else to)}
     assert {o.name for o in folder.iterdir()} == asked | {'config.json', 'README.md'}
-    card = (folder/'README.md').read_text()
+    card = (folder/'README.md').read_text(encoding='utf-8')
     for o in FILES.values(): assert (o in card) == (o in asked)
     if 'model.safetensors' in asked: load_model(folder)
     else:
@@ -536,7 +536,7 @@ def test_a_learner_is_exported_as_it_is_now(tmp_path):
             with torch.no_grad(): got, want = load_model(folder)[0](digits(4)), learn.model.eval()(digits(4))
             assert torch.equal(got, want)
             same.append(got)
-    assert not torch.equal(*same) and json.loads((folder/'config.json').read_text())['classes'] == list('0123456789')
+    assert not torch.equal(*same) and json.loads((folder/'config.json').read_text(encoding='utf-8'))['classes'] == list('0123456789')
     bare = export_model(learn.model, tmp_path/'bare', **FACTS)
     for o in ('model.onnx', 'model.safetensors'): assert (bare/o).read_bytes() == (folder/o).read_bytes()
 
@@ -741,11 +741,11 @@ def test_images_that_are_not_square(tmp_path):
     m = small(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(4*5*7, 10), xb=x)
     facts = {**FACTS, 'size': (20, 28)}
     folder = export_model(m, tmp_path/'m', **facts)
-    c = json.loads((folder/'config.json').read_text())
-    assert c['size'] == [20, 28] and c['version'] == 2 and c['arch'] is None and '20 x 28 pixels' in (folder/'README.md').read_text()
+    c = json.loads((folder/'config.json').read_text(encoding='utf-8'))
+    assert c['size'] == [20, 28] and c['version'] == 2 and c['arch'] is None and '20 x 28 pixels' in (folder/'README.md').read_text(encoding='utf-8')
     assert np.array_equal(run(folder/'model.onnx', x), integer_network(m, (1, 20, 28))(x))
     with pytest.raises(BadInput, match="can't take images of 1 x 28 x 24"): export_model(m, tmp_path/'n', **{**FACTS, 'size': (28, 24)})
-    square = json.loads((export_model(bake(network('lenet5')), tmp_path/'s', **{**FACTS, 'size': (28, 28)})/'config.json').read_text())
+    square = json.loads((export_model(bake(network('lenet5')), tmp_path/'s', **{**FACTS, 'size': (28, 28)})/'config.json').read_text(encoding='utf-8'))
     assert square['size'] == 28 and square['version'] == 1 and square['arch'] == 'lenet5'  # what older versions read, too
     saved = deploy.save_model(m, tmp_path/'saved', **facts)
     assert deploy.read_config(saved)['size'] == [20, 28]

@@ -14,7 +14,7 @@ def reqs(key): return [Requirement(o) for o in settings()[key].split()]
 
 def pins():
     "The lock's lines as requirements."
-    return [Requirement(o) for o in (ROOT/'constraints.txt').read_text().splitlines() if o.strip() and not o.startswith('#')]
+    return [Requirement(o) for o in (ROOT/'constraints.txt').read_text(encoding='utf-8').splitlines() if o.strip() and not o.startswith('#')]
 
 @pytest.fixture
 def box(tmp_path):
@@ -33,13 +33,13 @@ case "$1 $2" in
   "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit 0;;
   "-m pip") [ "$3" = --version ] || {{ echo "$@" >> pip.log; exit {0 if pip_ok else 1}; }};;
 esac
-''')
+''', encoding='utf-8')
     path.chmod(0o755)
     return path
 
 def make(box, *args, path=None):
     env = {'PATH': f"{path or box}:/usr/bin:/bin", 'HOME': str(box)}
-    return subprocess.run(['make', *args], cwd=box, env=env, capture_output=True, text=True)
+    return subprocess.run(['make', *args], cwd=box, env=env, capture_output=True, text=True, encoding='utf-8')
 
 def test_version_is_one():
     import qisal
@@ -71,7 +71,7 @@ def test_lock_has_one_pin_a_python(python):
 def test_lock_names_only_packages():
     for r in pins():
         assert r.url is None and [s.operator for s in r.specifier] == ['=='], r
-    assert '://' not in (ROOT/'constraints.txt').read_text()
+    assert '://' not in (ROOT/'constraints.txt').read_text(encoding='utf-8')
 
 def test_environment_is_the_locked_one():
     "What is installed here is what is locked."
@@ -85,14 +85,14 @@ def test_environment_is_the_locked_one():
     assert not wrong
 
 def test_ci_calls_make_test():
-    lines = [o for o in (ROOT/'.ci'/'run').read_text().splitlines() if o and not o.startswith('#')]
+    lines = [o for o in (ROOT/'.ci'/'run').read_text(encoding='utf-8').splitlines() if o and not o.startswith('#')]
     assert [o.removeprefix('exec ') for o in lines if 'make' in o] == ['make test']
     assert 'set -euo pipefail' in lines and os.access(ROOT/'.ci'/'run', os.X_OK)
-    assert re.search(r'run: make test$', (ROOT/'.github'/'workflows'/'test.yaml').read_text(), re.M)
+    assert re.search(r'run: make test$', (ROOT/'.github'/'workflows'/'test.yaml').read_text(encoding='utf-8'), re.M)
 
 def test_stamp_makes_the_second_setup_free():
     if not (ROOT/'.venv'/'.ready').exists(): pytest.skip('not run by make')
-    r = subprocess.run(['make', '-q', '.venv/.ready'], cwd=ROOT, capture_output=True, text=True)
+    r = subprocess.run(['make', '-q', '.venv/.ready'], cwd=ROOT, capture_output=True, text=True, encoding='utf-8')
     assert r.returncode == 0, 'settings.ini, the lock or the packaging changed: run `make setup`'
 
 def test_setup_installs_once(box):
@@ -100,25 +100,25 @@ def test_setup_installs_once(box):
     stand_in(box)
     r = make(box, 'setup')
     assert r.returncode == 0, r.stderr
-    calls = (box/'pip.log').read_text().splitlines()
+    calls = (box/'pip.log').read_text(encoding='utf-8').splitlines()
     assert len(calls) == 1 and '-c constraints.txt torch torchvision -e .[dev]' in calls[0]
-    assert (box/'.venv'/'.ready').read_text().splitlines()[0] == str(box) and not (box/'.venv'/'.installing').exists()
-    assert make(box, 'setup').returncode == 0 and len((box/'pip.log').read_text().splitlines()) == 1
+    assert (box/'.venv'/'.ready').read_text(encoding='utf-8').splitlines()[0] == str(box) and not (box/'.venv'/'.installing').exists()
+    assert make(box, 'setup').returncode == 0 and len((box/'pip.log').read_text(encoding='utf-8').splitlines()) == 1
     os.utime(box/'pyproject.toml')  # nbdev_export does that
-    assert make(box, 'setup').returncode == 0 and len((box/'pip.log').read_text().splitlines()) == 1
-    (box/'constraints.txt').write_text((box/'constraints.txt').read_text() + 'another==1\n')
-    assert make(box, 'setup').returncode == 0 and len((box/'pip.log').read_text().splitlines()) == 2
+    assert make(box, 'setup').returncode == 0 and len((box/'pip.log').read_text(encoding='utf-8').splitlines()) == 1
+    (box/'constraints.txt').write_text((box/'constraints.txt').read_text(encoding='utf-8') + 'another==1\n', encoding='utf-8')
+    assert make(box, 'setup').returncode == 0 and len((box/'pip.log').read_text(encoding='utf-8').splitlines()) == 2
 
 @pytest.mark.skipif(not shutil.which('flock'), reason='no flock here')
 def test_two_makes_at_once_install_once(box):
     "The second waits for the first and finds everything done."
     script = stand_in(box)
-    script.write_text(script.read_text().replace('"-m pip") ', '"-m pip") sleep .3; '))
+    script.write_text(script.read_text(encoding='utf-8').replace('"-m pip") ', '"-m pip") sleep .3; '), encoding='utf-8')
     env = {'PATH': f'{box}:/usr/bin:/bin', 'HOME': str(box)}
-    both = [subprocess.Popen(['make', 'setup'], cwd=box, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [subprocess.Popen(['make', 'setup'], cwd=box, env=env, stdout=subprocess.PIPE, text=True, encoding='utf-8') for _ in range(2)]
     said = [o.communicate(timeout=60)[0] for o in both]
     assert [o.returncode for o in both] == [0, 0] and 'waiting' in ''.join(said)
-    assert len((box/'pip.log').read_text().splitlines()) == 1
+    assert len((box/'pip.log').read_text(encoding='utf-8').splitlines()) == 1
 
 def test_failed_installation_leaves_no_stamp(box):
     "... and the next `make` starts over instead of believing what lies there."
@@ -138,7 +138,7 @@ def test_moved_checkout_gets_a_new_environment(box):
     box.rename(moved)
     (moved/'.venv'/'old').touch()
     assert make(moved, 'setup').returncode == 0
-    assert not (moved/'.venv'/'old').exists() and (moved/'.venv'/'.ready').read_text().splitlines()[0] == str(moved)
+    assert not (moved/'.venv'/'old').exists() and (moved/'.venv'/'.ready').read_text(encoding='utf-8').splitlines()[0] == str(moved)
 
 def test_old_python_is_refused(box):
     "Named or found, a Python below 3.10 gets one sentence and no environment."
@@ -153,7 +153,7 @@ def test_no_browser_is_said(box):
     tools.mkdir()
     for o in ('bash', 'id', 'make', 'cat', 'pwd'):
         if shutil.which(o): (tools/o).symlink_to(shutil.which(o))
-    r = subprocess.run([shutil.which('make'), 'browser'], cwd=box, env={'PATH': str(tools)}, capture_output=True, text=True)
+    r = subprocess.run([shutil.which('make'), 'browser'], cwd=box, env={'PATH': str(tools)}, capture_output=True, text=True, encoding='utf-8')
     assert r.returncode != 0 and 'install chromedriver and chromium' in r.stderr
 
 def test_committed_files():

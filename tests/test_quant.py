@@ -134,7 +134,7 @@ def test_a_missing_or_broken_compiler_is_said_and_training_goes_on(cxx, why):
             "print([str(o.message) for o in w if 'PACT' in str(o.message)])\n"
             "x = torch.randn(8192, requires_grad=True); pact(x, torch.tensor(1., requires_grad=True), 4).sum().backward(); print(int(x.grad.sum()) > 0)")
     with tempfile.TemporaryDirectory() as d:
-        r = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, CXX=cxx, TORCHINDUCTOR_CACHE_DIR=d), capture_output=True, text=True)
+        r = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, CXX=cxx, TORCHINDUCTOR_CACHE_DIR=d), capture_output=True, text=True, encoding='utf-8')
     on, said, went_on = r.stdout.strip().splitlines()
     assert on == 'False' and went_on == 'True' and "can't compile PACT" in said and why in said and said.count('uncompiled') == 1
 

@@ -64,7 +64,7 @@ def commands():
 @needs_index
 def test_commands_exist():
     "Every make target, every qisal command and every option that the README names is there."
-    targets = set(re.findall(r'^([a-z]+):', (ROOT/'Makefile').read_text(), re.M))
+    targets = set(re.findall(r'^([a-z]+):', (ROOT/'Makefile').read_text(encoding='utf-8'), re.M))
     found = commands()
     assert ['make', 'study'] in found and ['make', 'test'] in found, 'the two commands are shown'
     helps = {}
@@ -74,7 +74,7 @@ def test_commands_exist():
             continue
         if cmd[1].startswith('-') : continue
         if cmd[1] not in helps:
-            r = subprocess.run([sys.executable, '-m', 'qisal.cli', cmd[1], '--help'], cwd=ROOT, capture_output=True, text=True, env={'COLUMNS': '200', 'TERM': 'dumb', 'PATH': '/usr/bin:/bin'})
+            r = subprocess.run([sys.executable, '-m', 'qisal.cli', cmd[1], '--help'], cwd=ROOT, capture_output=True, text=True, env={'COLUMNS': '200', 'TERM': 'dumb', 'PATH': '/usr/bin:/bin'}, encoding='utf-8')
             assert r.returncode == 0, f'{cmd}: {r.stderr}'
             helps[cmd[1]] = r.stdout
         for o in cmd[2:]:

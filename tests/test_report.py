@@ -355,7 +355,7 @@ def test_measured_times_enter_the_verdict_on_cost(tmp_path):
 
 def test_a_study_that_was_not_measured_says_so(tmp_path):
     out = study_of(tmp_path, *grid())
-    page = make_report(out).read_text()
+    page = make_report(out).read_text(encoding='utf-8')
     assert 'id="ships"' in page and 'were not measured as files' in page and '--measure' in page and 'id="after"' not in page and 'shipped.json' not in page and not (out/'figures'/'after.png').exists()
     s = read_study(out)
     assert not len(shipping_table(s)) and not len(after_table(s)) and training_gain(s) is None
@@ -367,7 +367,7 @@ def test_measured_in_part_and_failed_measurements_are_named(tmp_path):
     ship(out, specs[0]); ship(out, specs[2])
     m = read_metrics(out/'runs'/specs[1].run_id)
     write_shipped(out/'runs'/specs[1].run_id, m, dict(error=dict(type='BadInput', message=NASTY)))
-    page = make_report(out).read_text()
+    page = make_report(out).read_text(encoding='utf-8')
     assert 'MNIST, small CNN, float, guided, seed 0: could not be measured: &lt;img' in page and NASTY not in page and 'Not measured yet, or without a model folder: MNIST, small CNN, 4-bit, guided, seed 0.' in page
     assert shipping_table(read_study(out)).label.tolist() == ['float', '4-bit'] and (out/'figures'/'after.png').stat().st_size > 5000
     assert [r['error'][:22] for r in csv.DictReader((out/'summary.csv').open()) if r['error']] == ['not measured as a file']
@@ -387,8 +387,8 @@ def test_ablations_are_compared_with_the_same_float_network(tmp_path):
     plot_after(read_study(tmp_path/'s'))
 
 def test_the_time_note_says_what_was_going_on(tmp_path):
-    assert 'no other run of this study was going on; load' in make_report(shipped_study(tmp_path/'a', grid())).read_text()
-    assert 'up to 2 other runs of this study were going on' in make_report(shipped_study(tmp_path/'b', grid(), others=2, load=None)).read_text()
+    assert 'no other run of this study was going on; load' in make_report(shipped_study(tmp_path/'a', grid())).read_text(encoding='utf-8')
+    assert 'up to 2 other runs of this study were going on' in make_report(shipped_study(tmp_path/'b', grid(), others=2, load=None)).read_text(encoding='utf-8')
 
 @pytest.mark.parametrize('name', ['first', 'modes'])
 def test_committed_studies_still_have_a_report(name):
@@ -402,7 +402,7 @@ def test_committed_studies_still_have_a_report(name):
 # --- folders as they come ---
 
 def test_no_study_is_bad_input(tmp_path):
-    (tmp_path/'file').write_text(''); (tmp_path/'empty').mkdir()
+    (tmp_path/'file').write_text('', encoding='utf-8'); (tmp_path/'empty').mkdir()
     for name in ('nowhere', 'file', 'empty'):
         with pytest.raises(BadInput): make_report(tmp_path/name)
     assert sorted(o.name for o in tmp_path.iterdir()) == ['empty', 'file'] and not list((tmp_path/'empty').iterdir())
@@ -413,18 +413,18 @@ def test_other_format_is_refused(tmp_path):
     with pytest.raises(BadInput, match='format'): make_report(out)
     (out/'manifest.json').unlink()
     run = next((out/'runs').iterdir())/'metrics.json'
-    run.write_text(json.dumps({**json.loads(run.read_text()), 'format': 99}))
+    run.write_text(json.dumps({**json.loads(run.read_text(encoding='utf-8')), 'format': 99}), encoding='utf-8')
     with pytest.raises(BadInput, match='format 99'): make_report(out)
     assert not (out/'report.html').exists()
 
 def test_study_without_runs(tmp_path):
-    page = make_report(study_of(tmp_path)).read_text()
+    page = make_report(study_of(tmp_path)).read_text(encoding='utf-8')
     assert 'has no run yet' in page and 'id="accuracy"' not in page and 'No run failed' in page
 
 def test_only_failed_and_unfinished_runs(tmp_path):
     put(tmp_path/'s', RunSpec(), error=dict(type='TrainingFailed', message=NASTY, epoch=3, cell=7))
     put(tmp_path/'s', RunSpec(bits='4'))
-    page = make_report(tmp_path/'s').read_text()
+    page = make_report(tmp_path/'s').read_text(encoding='utf-8')
     assert 'nothing to show but the failures' in page and '&lt;img src=x' in page and NASTY not in page and '<img src=x' not in page
     assert 'mnist-small_cnn-b4-plain-s0' in page and 'TrainingFailed' in page and not (tmp_path/'s'/'figures').exists()
 
@@ -432,13 +432,13 @@ def test_only_failed_and_unfinished_runs(tmp_path):
     dict(masking=dict(random=dict(frac=[0, .5], accuracy=[.9, .8], auc=None))), dict(masking=dict(gradient=dict(frac=[0], accuracy=[.9], auc=None)))])
 def test_one_run_with_less_in_it(tmp_path, change):
     s = RunSpec(bits='2', guided=True)
-    page = make_report(study_of(tmp_path, (s, metrics(s, .9) | change))).read_text()
+    page = make_report(study_of(tmp_path, (s, metrics(s, .9) | change))).read_text(encoding='utf-8')
     assert '2-bit, guided' in page and 'nan' not in re.sub(r'base64,[\w+/=]*', '', page).lower().split('<main>')[1]
 
 def test_altered_metrics_are_not_believed(tmp_path):
     out = study_of(tmp_path, *grid())
     path = out/'runs'/RunSpec().run_id/'metrics.json'
-    path.write_text(path.read_text().replace('"accuracy": 0.98', '"accuracy": 0.99', 1))
+    path.write_text(path.read_text(encoding='utf-8').replace('"accuracy": 0.98', '"accuracy": 0.99', 1), encoding='utf-8')
     s = read_study(out)
     assert len(s.table) == 3 and [o['run_id'] for o in s.having('partial')] == [RunSpec().run_id]
 
@@ -452,7 +452,7 @@ def test_damaged_maps_are_named_and_the_report_goes_on(tmp_path):
     g = saliency_grid(read_study(out), 'mnist')
     assert len(g['columns']) == 1 and len(g['notes']) == 3
     runs[3].unlink()
-    assert saliency_grid(read_study(out), 'mnist')['columns'] == [] and 'kept no maps' in make_report(out).read_text()
+    assert saliency_grid(read_study(out), 'mnist')['columns'] == [] and 'kept no maps' in make_report(out).read_text(encoding='utf-8')
 
 def test_classes_of_a_folder_have_their_names(tmp_path):
     s = RunSpec(dataset='folder:/data/x')
@@ -477,28 +477,28 @@ def test_existing_summary_is_kept_and_the_page_rewritten(tmp_path):
     out = study_of(tmp_path, *grid()[:1])
     make_report(out)
     assert len(list(csv.DictReader((out/'summary.csv').open()))) == 1
-    (out/'summary.csv').write_text('mine')
+    (out/'summary.csv').write_text('mine', encoding='utf-8')
     put(out, RunSpec(bits='4'), metrics(RunSpec(bits='4'), .9))
-    assert '4-bit' in make_report(out).read_text() and (out/'summary.csv').read_text() == 'mine'
+    assert '4-bit' in make_report(out).read_text(encoding='utf-8') and (out/'summary.csv').read_text(encoding='utf-8') == 'mine'
     assert (out/'figures'/'accuracy.png').stat().st_size > 5000 and (out/'figures'/'masking.png').stat().st_size > 5000
 
 def test_no_machine_path_is_told(tmp_path, monkeypatch):
     out = study_of(tmp_path, *grid())
-    assert str(tmp_path) not in make_report(out).read_text()
+    assert str(tmp_path) not in make_report(out).read_text(encoding='utf-8')
     monkeypatch.chdir(tmp_path)
-    assert 'qisal run --spec s/runs/' in make_report('s').read_text()
+    assert 'qisal run --spec s/runs/' in make_report('s').read_text(encoding='utf-8')
     assert run_command(read_study('s'), ['a b']) == "qisal run --spec 's/runs/a b/spec.json' --out again"
 
 def test_commands_do_what_they_say(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     s = read_study(study_of(tmp_path, *grid(lambda s: .9 + s.seed/100, seeds=(0, 2)), *[(o, metrics(o, .9)) for o in (RunSpec(epochs=1, seed=e) for e in (0, 1))]).relative_to(tmp_path))
-    said = [subprocess.run(['bash', '-c', 'qisal() { test -f "$3" && echo "$3"; }; ' + c], capture_output=True, text=True, check=True).stdout.split() for c in accuracy_table(s).command]
+    said = [subprocess.run(['bash', '-c', 'qisal() { test -f "$3" && echo "$3"; }; ' + c], capture_output=True, text=True, check=True, encoding='utf-8').stdout.split() for c in accuracy_table(s).command]
     assert sorted(o for c in said for o in c) == sorted(f's/runs/{r}/spec.json' for r in s.table.run_id) and {len(c) for c in said} == {2}
 
 def test_alpha_at_its_bound_is_said(tmp_path):
     s = RunSpec(bits='2')
-    assert 'touched its lower bound' in make_report(study_of(tmp_path/'a', (s, metrics(s, .9, touched=True)))).read_text()
-    assert 'No alpha touched' in make_report(study_of(tmp_path/'b', (s, metrics(s, .9)))).read_text()
+    assert 'touched its lower bound' in make_report(study_of(tmp_path/'a', (s, metrics(s, .9, touched=True)))).read_text(encoding='utf-8')
+    assert 'No alpha touched' in make_report(study_of(tmp_path/'b', (s, metrics(s, .9)))).read_text(encoding='utf-8')
 
 def test_unmeasured_fill_is_bad_input(tmp_path):
     s = read_study(study_of(tmp_path, *[(s, m | dict(road=None)) for s, m in grid()]))
@@ -584,7 +584,7 @@ class Outline(HTMLParser):
         if not self.open or self.open.pop() != tag: self.faults.append(f'</{tag}> closes nothing')
 
 def test_the_html_is_sound(page):
-    p = Outline(); text = page.read_text(); p.feed(text)
+    p = Outline(); text = page.read_text(encoding='utf-8'); p.feed(text)
     assert not p.open and not p.faults
     assert len(p.ids) == len(set(p.ids))
     anchors = [v[1:] for _, v in p.refs if v.startswith('#')]
@@ -595,7 +595,7 @@ def test_the_html_is_sound(page):
     assert '<script' not in text and '@import' not in text and 'url(http' not in text and NASTY not in text and '<dogs>' not in text
 
 def test_downloads_hold_the_numbers(page):
-    got = dict(re.findall(r'href="data:[\w/]+;base64,([\w+/=]+)" download="([\w.]+)"', page.read_text()))
+    got = dict(re.findall(r'href="data:[\w/]+;base64,([\w+/=]+)" download="([\w.]+)"', page.read_text(encoding='utf-8')))
     got = {name: base64.b64decode(raw).decode() for raw, name in got.items()}
     assert set(got) == {'summary.csv', 'curves.csv', 'metrics.json', 'manifest.json', 'shipped.json'}
     assert json.loads(got['shipped.json'])[RunSpec().run_id]['bytes']['onnx'] == 4000
@@ -709,7 +709,7 @@ def test_study_notebook(tmp_path):
     from qisal.report import study_notebook
     out = study_of(tmp_path, *grid(lambda s: .9 + s.seed/100, seeds=(0, 1)))
     put(out, RunSpec(bits='8'), error=dict(type='TrainingFailed', message=NASTY, epoch=1, cell=2))
-    text = study_notebook(out).read_text()
+    text = study_notebook(out).read_text(encoding='utf-8')
     nb = nbformat.reads(text, 4)
     nbformat.validate(nb)
     assert str(tmp_path) not in text and 'papermill' not in nb.metadata and any('study = "s"' in c.source for c in nb.cells)

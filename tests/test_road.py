@@ -173,7 +173,7 @@ def test_without_a_compiler_torch_solves(monkeypatch, tmp_path, recwarn):
     monkeypatch.setenv('CXX', str(tmp_path/'missing'))
     assert build() is None and not recwarn.list
     broken = tmp_path/'broken'
-    broken.write_text('#!/bin/sh\necho no such flag >&2\nexit 1\n')
+    broken.write_text('#!/bin/sh\necho no such flag >&2\nexit 1\n', encoding='utf-8')
     broken.chmod(0o755)
     monkeypatch.setenv('CXX', str(broken))
     with pytest.warns(UserWarning, match='no such flag.*torch solves instead'): assert build() is None

@@ -47,7 +47,7 @@ def out(tmp_path): return tmp_path/'study'
 
 def spec_file(tmp_path, spec=SPEC):
     path = tmp_path/f'{spec.run_id}.json'
-    path.write_text(json.dumps(spec.to_dict()))
+    path.write_text(json.dumps(spec.to_dict()), encoding='utf-8')
     return path
 
 def folder(out, spec=SPEC): return Path(out)/'runs'/spec.run_id
@@ -57,7 +57,7 @@ def command(cmd, notes, stop=None):
     "Start a command in its own session; whatever happens, nothing of it is left afterwards."
     notes.mkdir(exist_ok=True)
     env = {**os.environ, 'STAND_IN_NOTES': str(notes), 'STAND_IN_STOP': stop or '', 'OMP_NUM_THREADS': '1'}
-    p = subprocess.Popen([sys.executable, '-m', 'qisal.cli', *map(str, cmd)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True)
+    p = subprocess.Popen([sys.executable, '-m', 'qisal.cli', *map(str, cmd)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True, encoding='utf-8')
     try: yield p
     finally:
         if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
@@ -70,7 +70,7 @@ def kill(pid):
     if alive(pid): os.kill(pid, signal.SIGKILL)
 
 def alive(pid):
-    try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+    try: return Path(f'/proc/{pid}/stat').read_text(encoding='utf-8').rsplit(')', 1)[1].split()[0] != 'Z'
     except FileNotFoundError: return False
 
 def until(what, seconds=90.):
@@ -95,11 +95,11 @@ def test_finished_run_is_not_repeated(out, template, data):
 def test_notebook_is_executed_readable_and_without_machine_paths(tmp_path, template, monkeypatch):
     monkeypatch.chdir(tmp_path)
     R.run_one(SPEC, 'study', template)
-    text = (folder('study')/'run.ipynb').read_text()
+    text = (folder('study')/'run.ipynb').read_text(encoding='utf-8')
     nb = nbformat.reads(text, 4)
     assert all(o.execution_count for o in nb.cells if o.cell_type == 'code')
     assert 'seed = 0' in nb.cells[1].source and str(tmp_path) not in text
-    assert str(tmp_path) not in (folder('study')/'metrics.json').read_text()
+    assert str(tmp_path) not in (folder('study')/'metrics.json').read_text(encoding='utf-8')
 
 @pytest.mark.parametrize('damage', [
     lambda s: s.replace('"accuracy": 0.5,', '"accuracy": 0.9,', 1), lambda s: s[:200], lambda s: '', lambda s: '[]',
@@ -107,10 +107,10 @@ def test_notebook_is_executed_readable_and_without_machine_paths(tmp_path, templ
 def test_altered_metrics_are_not_believed(out, template, data, damage):
     folder(out).mkdir(parents=True)
     whole = json.dumps(fake_metrics(template, data), indent=1)
-    (folder(out)/'metrics.json').write_text(whole)
+    (folder(out)/'metrics.json').write_text(whole, encoding='utf-8')
     assert R.is_done(folder(out), SPEC, template, data)
     assert damage(whole) != whole
-    (folder(out)/'metrics.json').write_text(damage(whole))
+    (folder(out)/'metrics.json').write_text(damage(whole), encoding='utf-8')
     assert not R.is_done(folder(out), SPEC, template, data) and R.read_metrics(folder(out)) is None
 
 def fake_metrics(template, data, **changed):
@@ -121,7 +121,7 @@ def fake_metrics(template, data, **changed):
 def test_altered_metrics_are_redone(out, template):
     m = R.run_one(SPEC, out, template)
     path = folder(out)/'metrics.json'
-    path.write_text(path.read_text().replace('"accuracy": 0.5,', '"accuracy": 0.9,', 1))
+    path.write_text(path.read_text(encoding='utf-8').replace('"accuracy": 0.5,', '"accuracy": 0.9,', 1), encoding='utf-8')
     assert R.run_one(SPEC, out, template)['accuracy'] == .5 == read_json(path)['accuracy']
 
 def test_result_of_another_template_is_kept_aside_and_redone(out, template, data, tmp_path):
@@ -139,7 +139,7 @@ def test_result_of_another_template_is_kept_aside_and_redone(out, template, data
 def test_every_part_of_the_fingerprint_counts(out, template, data, part):
     folder(out).mkdir(parents=True)
     good = fake_metrics(template, data)
-    (folder(out)/'metrics.json').write_text(json.dumps({**R._seal({**good, 'fingerprint': {**good['fingerprint'], part: '0'*64}})}))
+    (folder(out)/'metrics.json').write_text(json.dumps({**R._seal({**good, 'fingerprint': {**good['fingerprint'], part: '0'*64}})}), encoding='utf-8')
     assert R.read_metrics(folder(out)) is not None and not R.is_done(folder(out), SPEC, template, data)
 
 def test_prose_and_outputs_of_the_template_do_not_count(template):
@@ -230,7 +230,7 @@ def study_cmd(out, template, bits='32,4'):
     return ['study', '--bits', bits, '--guided', 'off', '--epochs', '1', '--jobs', '2', '--out', out, '--template', template]
 
 def children(pid):
-    return {int(o) for t in Path(f'/proc/{pid}/task').glob('*/children') for o in t.read_text().split()}
+    return {int(o) for t in Path(f'/proc/{pid}/task').glob('*/children') for o in t.read_text(encoding='utf-8').split()}
 
 @pytest.mark.parametrize('how', ['kill', 'ctrl-c'])
 def test_pool_that_dies_takes_workers_and_kernels_along(tmp_path, out, template, how):
@@ -256,7 +256,7 @@ def test_two_studies_at_once_do_each_run_once(tmp_path, out, data):
     for o in threads: o.start()
     for o in threads: o.join(300)
     assert len(tables) == 2 and all(set(o.status) == {'done'} for o in tables)
-    assert sorted((out/'count').read_text().split()) == ['2', '32', '4']
+    assert sorted((out/'count').read_text(encoding='utf-8').split()) == ['2', '32', '4']
 
 
 # ---------------------------------------------------------------- failures
@@ -270,7 +270,7 @@ def test_failed_run_does_not_stop_the_others(tmp_path, out, data):
     assert error['type'] == 'TrainingFailed' and error['epoch'] == 3 and error['cell'] == 4
     assert (folder(out, specs[0])/'run.failed.ipynb').exists() and not (folder(out, specs[0])/'run.part.ipynb').exists()
     assert '[1/3]' in said[0] and 'FAILED (TrainingFailed' in said[0] and 'min left' in said[0] and 'accuracy 50.00%' in said[1]
-    summary = (out/'summary.csv').read_text().splitlines()
+    summary = (out/'summary.csv').read_text(encoding='utf-8').splitlines()
     assert len(summary) == 4 and summary[0].startswith('run_id,status,dataset')
 
 def test_failed_run_is_tried_again(tmp_path, out, data, template):
@@ -350,7 +350,7 @@ def test_template_parameters_are_checked_first(tmp_path, out, data, kw, message)
 
 def test_template_that_is_no_notebook(tmp_path, out):
     for text, message in (('hello', 'no notebook'), ('{}', 'no notebook'), ('{"cells": []}', "0 cells tagged")):
-        (tmp_path/'t.ipynb').write_text(text)
+        (tmp_path/'t.ipynb').write_text(text, encoding='utf-8')
         with pytest.raises(BadInput, match=message): R.run_one(SPEC, out, tmp_path/'t.ipynb')
     with pytest.raises(BadInput, match='not a file'): R.run_one(SPEC, out, tmp_path/'none.ipynb')
 
@@ -382,10 +382,10 @@ def refused(out, template, message):
     with pytest.raises(BadInput, match=message): R.run_study([SPEC], out, 1, template=template, say=lambda o: None)
 
 def test_output_is_a_file(tmp_path, template):
-    (tmp_path/'f').write_text('mine')
+    (tmp_path/'f').write_text('mine', encoding='utf-8')
     refused(tmp_path/'f', template, 'is a file')
     refused(tmp_path/'f'/'below', template, 'is a file')
-    assert (tmp_path/'f').read_text() == 'mine'
+    assert (tmp_path/'f').read_text(encoding='utf-8') == 'mine'
 
 def test_output_cannot_be_written(out, template, monkeypatch):
     if os.geteuid():
@@ -403,14 +403,14 @@ def test_output_on_a_read_only_file_system(tmp_path, template):
 def test_results_of_another_version_are_refused_and_left_alone(out, template, found):
     out.mkdir()
     text = json.dumps(dict(format=found))
-    (out/'manifest.json').write_text(text)
+    (out/'manifest.json').write_text(text, encoding='utf-8')
     refused(out, template, 'format')
     with pytest.raises(BadInput, match='format|runs'): R.load_runs(out)
-    assert [o.name for o in out.iterdir()] == ['manifest.json'] and (out/'manifest.json').read_text() == text
+    assert [o.name for o in out.iterdir()] == ['manifest.json'] and (out/'manifest.json').read_text(encoding='utf-8') == text
 
 def test_metrics_of_another_version_are_never_overwritten(out, template, data):
     folder(out).mkdir(parents=True)
-    (folder(out)/'metrics.json').write_text(json.dumps(fake_metrics(template, data, format=2)))
+    (folder(out)/'metrics.json').write_text(json.dumps(fake_metrics(template, data, format=2)), encoding='utf-8')
     refused(out, template, 'format 2')
 
 @contextmanager
@@ -624,9 +624,9 @@ except Exception as e: print(type(e).__name__, ascii(str(e)))''')
 def test_deeply_nested_files_are_damaged_files(tmp_path, out):
     deep = '['*100_000 + ']'*100_000
     folder(out).mkdir(parents=True)
-    (folder(out)/'metrics.json').write_text(deep)
+    (folder(out)/'metrics.json').write_text(deep, encoding='utf-8')
     assert R.read_metrics(folder(out)) is None
-    (tmp_path/'t.ipynb').write_text(deep)
+    (tmp_path/'t.ipynb').write_text(deep, encoding='utf-8')
     with pytest.raises(BadInput, match='no notebook'): R.check_template(tmp_path/'t.ipynb')
 
 

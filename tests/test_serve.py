@@ -105,7 +105,7 @@ def test_what_is_no_image_for_the_model(trained, name):
 
 def test_files_that_are_no_image_for_the_model(trained, tmp_path):
     pil('L').save(tmp_path/'ok.png'); pil('RGB').save(tmp_path/'colour.png'); pil('L', (29, 28)).save(tmp_path/'wide.png'); pil('I;16').save(tmp_path/'deep.png')
-    (tmp_path/'cut.png').write_bytes((tmp_path/'ok.png').read_bytes()[:50]); (tmp_path/'text.png').write_text('no image'); (tmp_path/'empty.png').write_bytes(b''); (tmp_path/'d.png').mkdir()
+    (tmp_path/'cut.png').write_bytes((tmp_path/'ok.png').read_bytes()[:50]); (tmp_path/'text.png').write_text('no image', encoding='utf-8'); (tmp_path/'empty.png').write_bytes(b''); (tmp_path/'d.png').mkdir()
     for name, word in dict(none='not a file', d='not a file', cut='cannot be read', text='cannot be read', empty='cannot be read', deep='more than 8 bits', colour='mode RGB', wide='29 x 28 pixels').items():
         for o in (tmp_path/f'{name}.png', [tmp_path/'ok.png', str(tmp_path/f'{name}.png')]):
             with pytest.raises(BadInput, match=f'{name}.png.*{word}'): predict(trained[0], o)
@@ -168,7 +168,7 @@ from qisal.cli import app
 app(['predict', image, '--model', folder], standalone_mode=False)
 print(heavy())
 assert 'onnxruntime' in sys.modules"""
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, encoding='utf-8').stdout.splitlines()
     assert out[:2] == ['[]', '[]'] and out[3] == '[]' and out[2].startswith(str(tmp_path/'a.png'))
 
 def test_the_first_prediction_comes_soon(trained):
@@ -179,7 +179,7 @@ from qisal.serve import predict
 predict({str(trained[0])!r}, x)
 print(time.perf_counter() - t)"""
     took = []
-    while not took or min(took) > .5 and len(took) < 6: took.append(float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout))
+    while not took or min(took) > .5 and len(took) < 6: took.append(float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, encoding='utf-8').stdout))
     assert min(took) <= .5, took
 
 def test_prediction():
@@ -197,10 +197,10 @@ def test_prediction():
 
 def seal(d, change=lambda c: None):
     "Write the checksums of the files as they are now, as somebody would who altered them on purpose."
-    c = json.loads((d/'config.json').read_text())
+    c = json.loads((d/'config.json').read_text(encoding='utf-8'))
     for name in c['files']: c['files'][name] = dict(sha256=deploy._sha((d/name).read_bytes()), bytes=(d/name).stat().st_size)
     change(c)
-    (d/'config.json').write_text(json.dumps(deploy._sealed(c)))
+    (d/'config.json').write_text(json.dumps(deploy._sealed(c)), encoding='utf-8')
 
 def copy(folder, tmp_path): return shutil.copytree(folder, tmp_path/'m')
 
@@ -217,8 +217,8 @@ def test_no_file_may_be_missing_or_altered(trained, tmp_path, runtime, name, how
     if name != 'config.json': assert {'missing': 'is missing', 'altered': 'was altered'}.get(how, 'truncated or altered') in said, said
 
 CONFIG = {
-    'an edited class': (lambda d: (d/'config.json').write_text((d/'config.json').read_text().replace('"classes": [\n  "0"', '"classes": [\n  "nil"')), 'config.json .* was altered'),
-    'other statistics': (lambda d: (d/'config.json').write_text((d/'config.json').read_text().replace('0.1307', '0.1308')), 'config.json .* was altered'),
+    'an edited class': (lambda d: (d/'config.json').write_text((d/'config.json').read_text(encoding='utf-8').replace('"classes": [\n  "0"', '"classes": [\n  "nil"'), encoding='utf-8'), 'config.json .* was altered'),
+    'other statistics': (lambda d: (d/'config.json').write_text((d/'config.json').read_text(encoding='utf-8').replace('0.1307', '0.1308'), encoding='utf-8'), 'config.json .* was altered'),
     'a newer format': (lambda d: seal(d, lambda c: c.update(version=3)), r'format version 3, this qisal reads 1 to 2; update qisal \(pip install -U qisal\)'),
     'a version that is no number': (lambda d: seal(d, lambda c: c.update(version='one')), 'format version one'),
     'a file above the folder': (lambda d: (seal(d), seal_extra(d, '../x')), "names '../x', a file outside of the folder"),
@@ -234,9 +234,9 @@ def seal_extra(d, name): seal(d, lambda c: c['files'].update({name: dict(sha256=
 @pytest.mark.parametrize('name', CONFIG)
 def test_configurations_that_are_refused(trained, tmp_path, name):
     how, message = CONFIG[name]
-    d, before = copy(trained[0], tmp_path), (trained[0]/'config.json').read_text()
+    d, before = copy(trained[0], tmp_path), (trained[0]/'config.json').read_text(encoding='utf-8')
     how(d)
-    assert (d/'config.json').read_text() != before
+    assert (d/'config.json').read_text(encoding='utf-8') != before
     with pytest.raises(BadInput, match=message) as e: predict(d, X)
     assert '\n' not in str(e.value)
 

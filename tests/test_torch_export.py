@@ -68,7 +68,7 @@ def test_torch_onnx_export(arch, new, baked, tmp_path):
     if new: pytest.importorskip('onnxscript')
     import onnxruntime as ort
     path = tmp_path/'m.onnx'
-    r = subprocess.run([sys.executable, '-c', CODE, os.path.dirname(__file__), arch, str(path), str(new), str(baked)], capture_output=True, text=True, timeout=300)
+    r = subprocess.run([sys.executable, '-c', CODE, os.path.dirname(__file__), arch, str(path), str(new), str(baked)], capture_output=True, text=True, timeout=300, encoding='utf-8')
     assert r.returncode == 0, r.stderr[-2000:]
     f = np.load(f'{path}.npz')
     got, = ort.InferenceSession(path, providers=['CPUExecutionProvider']).run(None, {'image': f['x']})

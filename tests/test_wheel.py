@@ -63,7 +63,7 @@ def test_metadata(meta, built):
     assert (meta['Name'], meta['Version'], meta['Summary']) == ('qisal', s['version'], s['description'])
     assert meta['License-Expression'] == 'Apache-2.0' and meta['Requires-Python'] == f">={s['min_python']}"
     assert meta['Description-Content-Type'] == 'text/markdown'
-    if (ROOT/'README.md').exists(): assert meta.get_payload().strip().startswith((ROOT/'README.md').read_text().strip()[:60])
+    if (ROOT/'README.md').exists(): assert meta.get_payload().strip().startswith((ROOT/'README.md').read_text(encoding='utf-8').strip()[:60])
     reqs = [Requirement(o) for o in meta.get_all('Requires-Dist')]
     runtime = {canonicalize_name(r.name) for r in reqs if r.marker is None}
     assert runtime == {canonicalize_name(Requirement(o).name) for o in s['requirements'].split()}
@@ -82,7 +82,7 @@ def test_wheel_straight_from_the_checkout_is_the_same(names, tmp_path):
     "`pip install .` ships what the source archive's wheel ships, and a stale build folder doesn't get in."
     src = copy_to(tmp_path/'src')
     (src/'build'/'lib'/'qisal').mkdir(parents=True)
-    (src/'build'/'lib'/'qisal'/'gone.py').write_text('stale = True\n')
+    (src/'build'/'lib'/'qisal'/'gone.py').write_text('stale = True\n', encoding='utf-8')
     run(sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', tmp_path/'out', src)
     assert set(zipfile.ZipFile(next((tmp_path/'out').glob('*.whl'))).namelist()) == names
 
@@ -122,12 +122,12 @@ def user(built, tmp_path_factory):
         dists = borrowed()
         link(dists, ENV/'borrowed')
         site = Path(run(PY, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip())
-        (site/'_borrow.pth').write_text(f"{ENV/'borrowed'}\n")
+        (site/'_borrow.pth').write_text(f"{ENV/'borrowed'}\n", encoding='utf-8')
         pins = tmp_path_factory.mktemp('pins')/'borrowed.txt'  # a borrowed package is never replaced
-        pins.write_text(''.join(f'{n}=={d.version}\n' for n, d in sorted(dists.items())))
+        pins.write_text(''.join(f'{n}=={d.version}\n' for n, d in sorted(dists.items())), encoding='utf-8')
         run(PY, '-m', 'pip', 'install', '-q', '--disable-pip-version-check', '-c', pins, built[1], 'fastai>=2.8.12', 'fastcore>=2')
         home, work = tmp_path_factory.mktemp('empty home'), tmp_path_factory.mktemp('another folder')
-        def go(*cmd): return subprocess.run([str(o) for o in cmd], cwd=work, env=lonely_env(home), capture_output=True, text=True)
+        def go(*cmd): return subprocess.run([str(o) for o in cmd], cwd=work, env=lonely_env(home), capture_output=True, text=True, encoding='utf-8')
         go.work, go.home = work, home
         yield go
     finally:
@@ -173,7 +173,7 @@ def test_study_runs_from_another_folder(user):
     assert r.returncode == 0, r.stdout[-4000:] + r.stderr[-4000:]
     out = user.work/'my study'
     assert (out/'report.html').stat().st_size > 10_000
-    metrics = [json.loads(o.read_text()) for o in sorted(out.glob('runs/*/metrics.json'))]
+    metrics = [json.loads(o.read_text(encoding='utf-8')) for o in sorted(out.glob('runs/*/metrics.json'))]
     assert {o['spec']['guided'] for o in metrics} == {False, True} and all(o['spec']['bits'] == '4' for o in metrics)
     assert all(o['accuracy'] > .8 for o in metrics), [o['accuracy'] for o in metrics]
     assert sorted(o.name for o in user.work.iterdir()) == ['my study'], 'files outside of the output folder'

@@ -71,7 +71,7 @@ def test_images_that_do_not_fit(hand, x, y, words):
 def test_files_that_do_not_fit(tmp_path, hand):
     raw = hand.read_bytes()
     (tmp_path/'cut.onnx').write_bytes(raw[:len(raw)//2])
-    (tmp_path/'text.onnx').write_text('hello')
+    (tmp_path/'text.onnx').write_text('hello', encoding='utf-8')
     for name in ('none.onnx', 'cut.onnx', 'text.onnx'):
         for f in (lambda p: W.file_accuracy(p, (X, Y)), lambda p: W.latency_ratio(p, hand, X), lambda p: W.latency_ratio(hand, p, X), lambda p: W.static_int8(p, tmp_path/'out.onnx', X)):
             with pytest.raises(BadInput, match=name): f(tmp_path/name)
@@ -222,7 +222,7 @@ def test_a_quantized_run(study, digits, quick):
     weights = 6*25 + 16*6*25 + 120*400 + 84*120 + 10*84
     assert s['bits_per_weight'] == 8*s['bytes']['safetensors']/weights and s['bytes']['float_onnx'] > 4*weights
     assert [(o['batch'], o['threads'], o['n']) for o in s['latency']] == [(1, 1, 2), (256, 1, 1)]
-    assert s == read_json(folders['4']/'shipped.json') and s['kind'] == 'quantized' and s['provenance']['versions']['onnxruntime'] and str(out) not in (folders['4']/'shipped.json').read_text()
+    assert s == read_json(folders['4']/'shipped.json') and s['kind'] == 'quantized' and s['provenance']['versions']['onnxruntime'] and str(out) not in (folders['4']/'shipped.json').read_text(encoding='utf-8')
     again, c = load_model(export)
     with torch.no_grad(): assert (again(x[:50]).argmax(1).numpy() == trained[:50]).all()
     assert c['extra'] == config['extra'] and measured(folders['4'])
@@ -253,9 +253,9 @@ def test_a_residual_network_on_few_images_of_a_folder(tmp_path, quick):
     assert full['n_test'] == small['n_test'] == 8 and len(full['after_training']) == 4 and full['calibration'] == 28 and small['latency'][1]['batch'] == 256
 
 @pytest.mark.parametrize('how,words', [
-    (lambda f: (f/'metrics.json').unlink(), 'not finished'), (lambda f: (f/'metrics.json').write_text((f/'metrics.json').read_text().replace('"n_test": 1000', '"n_test": 999')), 'not finished'),
+    (lambda f: (f/'metrics.json').unlink(), 'not finished'), (lambda f: (f/'metrics.json').write_text((f/'metrics.json').read_text(encoding='utf-8').replace('"n_test": 1000', '"n_test": 999'), encoding='utf-8'), 'not finished'),
     (lambda f: shutil.rmtree(f/'model'), 'no model folder'), (lambda f: os.truncate(f/'model'/'model.safetensors', 100), 'truncated'), (lambda f: (f/'model'/'x.pkl').write_bytes(b'\x80\x04.'), 'pickle'),
-    (lambda f: rewrite(f, data={'x_test': '0'*64}), 'checksums differ'), (lambda f: rewrite(f, spec={**json.loads((f/'spec.json').read_text()), 'epochs': 7}), 'of another run')], ids=lambda o: o if isinstance(o, str) else '')
+    (lambda f: rewrite(f, data={'x_test': '0'*64}), 'checksums differ'), (lambda f: rewrite(f, spec={**json.loads((f/'spec.json').read_text(encoding='utf-8')), 'epochs': 7}), 'of another run')], ids=lambda o: o if isinstance(o, str) else '')
 def test_what_can_not_be_measured_leaves_nothing(study, digits, how, words):
     folder = study[1]['4']
     how(folder)
@@ -275,11 +275,11 @@ def test_a_measurement_belongs_to_its_metrics_its_code_and_itself(study, monkeyp
     assert W.read_shipped(folder, m) is None and not measured(folder)
     s, path = put(folder), folder/'shipped.json'
     assert W.read_shipped(folder, m) == s and measured(folder)
-    text = path.read_text()
+    text = path.read_text(encoding='utf-8')
     for bad in (text.replace('"accuracy": 0.5', '"accuracy": 0.9'), text[:100], '', '[]', json.dumps(_sealed({**s, 'format': 2})), json.dumps(_sealed({**s, 'metrics': '0'*64}))):
-        path.write_text(bad)
+        path.write_text(bad, encoding='utf-8')
         assert W.read_shipped(folder, m) is None and not measured(folder)
-    path.write_text(text)
+    path.write_text(text, encoding='utf-8')
     monkeypatch.setattr(W, '_measured_by', lambda: '0'*64)
     assert W.read_shipped(folder, m) == s and not measured(folder)  # still shown, to be measured again
     monkeypatch.undo()
@@ -303,7 +303,7 @@ def test_a_study_is_measured_once(study, quick):
     s = {b: read_json(f/'shipped.json') for b, f in folders.items()}
     for b in s: assert df.file_bytes[b] == s[b]['bytes']['onnx'] and df.file_accuracy[b] == s[b]['accuracy']
     assert df.latency_1['4'] == s['4']['latency'][0]['ratio'] and df.latency_256['4'] == s['4']['latency'][1]['ratio'] and np.isnan(df.latency_1['32'])
-    assert (out/'summary.csv').read_text() == R.summary(out).to_csv(index=False)
+    assert (out/'summary.csv').read_text(encoding='utf-8') == R.summary(out).to_csv(index=False)
     before = {o: o.stat().st_mtime_ns for o in out.rglob('*') if o.is_file() and '.locks' not in o.parts}
     again = R.measure_study(out, say=said.append)
     assert again['measured'] == [] and sorted(again['before']) == sorted(found['measured']) and len(said) == 2
