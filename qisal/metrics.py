@@ -219,8 +219,9 @@ def _solve(x, mask, tol, max_iter):
 _ROAD_CPP = r'''
 #include <cmath>
 #include <vector>
-extern "C" long road(long images, long channels, long height, long width, const float *x, const unsigned char *mask, float *out, float tol, long max_iter) {
-  const long w = width + 1, n = height*w, more = n + 2*w;  // a row and the zero after it; an image; with a row of zeros on both sides
+extern "C" long road(long images, long channels, long height, long width,
+                     const float *x, const unsigned char *mask, float *out, float tol, long max_iter) {
+  long unsolved = 0, w = width + 1, n = height*w, more = n + 2*w;  // a row and the zero after it; an image; with a row of zeros on both sides
   std::vector<float> padded(more + 2), rows(more), hole(n), total(n), r(n), q(n), v(n);
   float *d = &padded[w + 1], *t = &rows[0];
   auto blur_rows = [&] { for (long i = 0; i < more; i++) t[i] = padded[i] + 2*padded[i + 1] + padded[i + 2]; };
@@ -228,7 +229,6 @@ extern "C" long road(long images, long channels, long height, long width, const 
   for (long i = 0; i < n; i++) d[i] = i % w < width;
   blur_rows();
   for (long i = 0; i < n; i++) total[i] = blur(i);
-  long unsolved = 0;
   for (long s = 0; s < images*channels; s++, x += height*width, out += height*width) {
     const unsigned char *m = mask + s/channels*height*width;
     float low = INFINITY, high = -INFINITY, centre = 0, known = 0, rr = 0, least = 16;
@@ -241,22 +241,19 @@ extern "C" long road(long images, long channels, long height, long width, const 
       high = high < b ? b : high;
     }
     centre /= known;
-    if (centre < low) centre = low;
-    if (centre > high) centre = high;
+    centre = centre < low ? low : centre > high ? high : centre;  // a NaN stays one
     const float span = high == low ? 1 : high - low;  // unknowns are deviations from the mean, in units of the range
     for (long y = 0; y < height; y++)
-      for (long c = 0, i = y*w, p = y*width; c < width; c++) { const float value = (x[p + c] - centre)/span; hole[i + c] = m[p + c]; d[i + c] = m[p + c] ? 0 : value; }
+      for (long c = 0, i = y*w, p = y*width; c < width; c++, i++, p++) { hole[i] = m[p]; d[i] = m[p] ? 0 : (x[p] - centre)/span; }
     for (long i = width; i < n; i += w) d[i] = 0;
     blur_rows();
     for (long i = 0; i < n; i++) { d[i] = r[i] = hole[i]*blur(i); v[i] = 0; rr += r[i]*r[i]; }
     float dd = rr;
     for (long k = 0; k < max_iter && rr > 2*tol*tol*least; k++) {
-      float dq = 0, old = rr;
-      blur_rows();
+      float dq = 0, old = rr; blur_rows();
       for (long i = 0; i < n; i++) { q[i] = hole[i]*(total[i]*d[i] - blur(i)); dq += d[i]*q[i]; }
       least = std::fmin(least, dq/dd);
-      const float step = rr/dq;
-      rr = 0;
+      const float step = rr/dq; rr = 0;
       for (long i = 0; i < n; i++) { v[i] += step*d[i]; r[i] -= step*q[i]; rr += r[i]*r[i]; }
       const float beta = rr/old;
       dd = rr + beta*beta*dd;
@@ -264,7 +261,7 @@ extern "C" long road(long images, long channels, long height, long width, const 
     }
     unsolved += rr > 2*tol*tol*least;
     for (long y = 0; y < height; y++)
-      for (long c = 0, i = y*w, p = y*width; c < width; c++) { const float kept = out[p + c], solved = centre + span*v[i + c]; out[p + c] = hole[i + c] > 0 ? solved : kept; }
+      for (long c = 0, i = y*w, p = y*width; c < width; c++, i++, p++) out[p] = hole[i] > 0 ? centre + span*v[i] : out[p];
   }
   return unsolved;
 }'''

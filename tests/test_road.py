@@ -187,6 +187,8 @@ def test_cuda():
         assert got.is_cuda and (got.cpu() - exact(x, rank < k)).abs().max() < 1e-4
     torch.manual_seed(0)
     net, y = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(3600, 10)).double(), torch.arange(40) % 10
-    kw = dict(fills=('road', 'corner'), orders=('morf', 'lerf'))
-    here, there = [masking_curves(net.to(d), (x.double(), y), **kw) for d in ('cpu', 'cuda')]  # many levels at once there, one here
-    assert (here.accuracy == there.accuracy).all()
+    kw = dict(attributions=('random',), fills=('road', 'corner'), orders=('morf', 'lerf'), return_correct=True)  # an order without rounding
+    (df, here), (_, there) = [masking_curves(net.to(d), (x.double(), y), **kw) for d in ('cpu', 'cuda')]  # many levels at once there, one here
+    road = (df.fill == 'road').to_numpy()
+    assert (here[~road] == there[~road]).all()
+    assert (here[road] != there[road]).mean() < .01  # fills that differ by 1e-4 may part two logits that are as near to each other
