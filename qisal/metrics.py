@@ -275,9 +275,10 @@ def _compiled_road():
     flags = '-std=c++11 -O3 -march=native -fassociative-math -fno-signed-zeros -fno-trapping-math -fno-math-errno -shared -fPIC'
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder)/'road.cpp', Path(folder)/'road.so'
-        source.write_text(_ROAD_CPP)
+        source.write_text(_ROAD_CPP, encoding='utf-8')
         try:
-            subprocess.run([compiler, *flags.split(), '-o', str(library), str(source)], check=True, capture_output=True, text=True)
+            subprocess.run([compiler, *flags.split(), '-o', str(library), str(source)],
+                           check=True, capture_output=True, text=True, encoding='utf-8', errors='replace')
             road = ctypes.CDLL(str(library)).road
         except (OSError, subprocess.CalledProcessError) as e:
             why = ' '.join((getattr(e, 'stderr', None) or str(e)).split())[:200]

@@ -480,6 +480,8 @@ def test_learner_and_optimizer_pickle_and_go_on(tmp_path, opt):
     other.logger = third.logger = learn.logger
     assert other.pact.learn is other and other.opt is not learn.opt
     same_training(learn, other)
+    with pytest.raises(BadInput, match='no images'): third.pact.alphas()  # none travel
+    third.dls = learn.dls
     assert list(third.pact.alphas().layer) == list(pacts(third.model))
 
 
