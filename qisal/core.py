@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'ARCHS', 'BITS', 'WEIGHT_QUANTIZERS', 'ATTRIBUTIONS', 'FILLS', 'MODES', 'BACKGROUNDS', 'RUN_MODULES',
-           'BadInput', 'TrainingFailed', 'check_in', 'check_text', 'check_range', 'as_whole', 'as_bits', 'write_atomic',
-           'write_json', 'read_json', 'RunSpec', 'fitting_batch', 'complete_fields', 'lay_over', 'run_id', 'set_seed',
-           'reuse_memory', 'sha256_file', 'sha256_array', 'code_hash', 'asset', 'home_folder', 'home_variables',
-           'git_state', 'provenance']
+           'BadInput', 'TrainingFailed', 'check_in', 'check_text', 'check_range', 'check_parameters', 'as_whole',
+           'as_bits', 'write_atomic', 'write_json', 'read_json', 'RunSpec', 'fitting_batch', 'complete_fields',
+           'lay_over', 'run_id', 'set_seed', 'reuse_memory', 'sha256_file', 'sha256_array', 'code_hash', 'asset',
+           'home_folder', 'home_variables', 'git_state', 'provenance']
 
 # %% ../nbs/00_core.ipynb #2f3f06e2
 import ast, difflib, hashlib, json, math, numbers, os, platform, re, subprocess, sys, tempfile
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from types import ModuleType
 
 # %% ../nbs/00_core.ipynb #3a7e0124
 class BadInput(ValueError):
@@ -72,6 +73,15 @@ def check_range(
     low = '' if lo is None else f" {'above' if lo_open else 'from'} {lo}"
     high = '' if hi is None else f" {'below' if hi_open else 'up to'} {hi}"
     raise BadInput(f"{name} is {value!r}; it must be {what}{low}{high}.")
+
+# %% ../nbs/00_core.ipynb #9a4d1c02
+def check_parameters(
+    namespace:dict, # `globals()` of a notebook, before it sets anything but its parameters
+    allowed, # Names of its parameters
+):
+    "Raise `BadInput` for a parameter that the notebook doesn't have. Functions, classes, modules and IPython's own names don't count."
+    for k, v in sorted(namespace.items()):
+        if not (k.startswith('_') or k in ('In', 'Out') or callable(v) or isinstance(v, ModuleType)): check_in('parameter', k, allowed)
 
 # %% ../nbs/00_core.ipynb #cab85e1f
 DATASETS = ('mnist', 'fashion_mnist', 'cifar10')
