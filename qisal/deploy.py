@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .core import ARCHS, BACKGROUNDS, BadInput, check_in, check_range, provenance, write_atomic
+from .core import ARCHS, BACKGROUNDS, BadInput, check_in, check_range, check_text, provenance, write_atomic
 
 # %% ../nbs/10_deploy.ipynb #6dfc84cc
 def _float_shapes(model)->dict:
@@ -62,7 +62,7 @@ def _check_facts(f)->dict:
     "Classes, channels, size and normalisation, each as the configuration holds it."
     if isinstance(f['classes'], str):
         raise BadInput(f"classes is the text {f['classes']!r}; give a list of names, one a logit.")
-    f['classes'] = [str(o) for o in f['classes']]
+    f['classes'] = [check_text('the class', str(o)) for o in f['classes']]
     twice = sorted({o for o in f['classes'] if f['classes'].count(o) > 1})
     if twice: raise BadInput(f"classes names {twice[0]!r} more than once; give each logit a name of its own.")
     if len(f['classes']) < 2:
@@ -124,7 +124,13 @@ def _facts(learn_or_model, given:dict, who='save_model')->tuple: # (network, fac
     if is_learner:
         _check_known(known, given)
         _check_loss(learn_or_model)
-    return getattr(model, '_orig_mod', model), _check_facts(f), xb  # compiled or not
+    return _bare(model), _check_facts(f), xb
+
+def _bare(model):
+    "The network inside what `torch.compile`, `AveragedModel` or `DataParallel` made of it."
+    if not {'_orig_mod', 'module'} & set(getattr(model, '_modules', ())): return model
+    from qisal.callback.pact import bare_model
+    return bare_model(model)
 
 def _check_loss(learn):
     "Refuse a learner whose loss judges each class by itself: a folder's network gives an image one class."
@@ -156,6 +162,9 @@ def _config(model, facts, arch, extra)->dict:
         raise BadInput(f"The network is no {arch} for {args['n_classes']} classes and {args['n_in']} x {h} x {w} "
                        "images; leave arch out.")
     layers = quant_layers(model)
+    try: json.dumps(extra, allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise BadInput(f"extra can't be kept as JSON ({e}); give text, finite numbers, lists and dicts of these.") from e
     return dict(arch=found, arch_args=args if found else None, network=type(model).__name__, **facts,
         quant=quant_config(model) if layers else None, baked=bool(layers) and all(m.baked for m in layers.values()),
         weights=dict(file='model.safetensors', kind='tensors'), extra=extra or {}, versions=provenance())

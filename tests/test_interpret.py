@@ -399,3 +399,19 @@ def test_settings_made_inside_a_style_stay():
                 raise KeyError('mine')
         assert plt.isinteractive() is not was and plt.rcParams['font.size'] == size and not plt.rcParams['text.usetex']
     finally: matplotlib.interactive(was)
+
+
+def test_guidance_may_be_text_as_a_table_with_gaps_has_it():
+    "`bool('False')` is True: plain networks would be drawn as guided."
+    df = runs(bits=('4', '2'), seeds=1)
+    text = df.assign(guided=df.guided.map(str))
+    assert accuracy_by_setting(text).equals(accuracy_by_setting(df))
+    names = [[c.get_label() for c in plot_accuracy_vs_bits(t).axes[0].containers] for t in (df, text)]
+    assert names == [['without guidance', 'with saliency guidance']]*2
+
+@pytest.mark.parametrize('value', [None, np.nan, 'on', 2], ids=repr)
+def test_guidance_that_is_neither_is_refused(value):
+    "A row without it was left out in silence."
+    df = runs(bits=('4',), seeds=1).astype({'guided': object})
+    df.at[1, 'guided'] = value
+    with pytest.raises(BadInput, match='guided is .*; it must be True or False in each row'): accuracy_by_setting(df)
