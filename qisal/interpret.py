@@ -418,6 +418,14 @@ class SaliencyInterpretation(ClassificationInterpretation):
         np.add.at(counts, (y.cpu().numpy(), probs.argmax(-1).cpu().numpy()), 1)
         return counts
 
+    def print_classification_report(self):
+        "Precision, recall and F1 of each class, of scikit-learn: fastai's needs its own vocabulary and loss."
+        from sklearn.metrics import classification_report
+        with self.learn.no_bar(): probs, y = self.learn.get_preds(dl=self.dl, act=self.act)
+        names = [str(o) for o in self.vocab]
+        print(classification_report(y.cpu().numpy(), probs.argmax(-1).cpu().numpy(), labels=range(len(names)), target_names=names,
+                                    zero_division=0))
+
     def saliency(self,
         xb, # Images N x C x H x W as the model sees them
         yb, # Classes to explain, N
