@@ -136,7 +136,7 @@ def read_json(
 ): # The object
     "Read a JSON file; one that is no JSON, no UTF-8 or nested too deeply gets a `BadInput` that names it."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise BadInput(f"{Path(path).name} is no valid JSON ({e}); delete or restore it.") from e
+    except (ValueError, RecursionError) as e: raise BadInput(f"{path} is no valid JSON ({e}); delete or restore it.") from e
 
 # %% ../nbs/00_core.ipynb #082b6219
 @dataclass(frozen=True)
