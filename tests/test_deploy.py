@@ -316,3 +316,29 @@ def test_a_quantized_network_is_not_filled_again(tmp_path):
     m = network('lenet5')
     save_model(m, tmp_path/'m', **GREY)
     with pytest.raises(BadInput, match='is quantized already; give a fresh float one'): load_model(tmp_path/'m', model=m)
+
+def test_steps_of_the_data_that_a_folder_does_not_hold_are_told(tmp_path, recwarn):
+    "A network of squeezed pictures has 50 % of them right where the file's pictures are cropped, and nothing said so."
+    import numpy as np
+    import qisal.data  # noqa: F401  (imports fastai without its warnings)
+    from fastai.learner import Learner
+    from fastai.vision.augment import Brightness, Flip, Resize
+    from fastai.vision.core import TensorImage
+    from fastai.vision.data import ImageDataLoaders, Normalize
+    from fasttransform import Transform
+    from PIL import Image
+    class Inverted(Transform):
+        def encodes(self, x:TensorImage): return 1 - x
+    for name in 'ab':
+        (tmp_path/'data'/name).mkdir(parents=True)
+        for i in range(8): Image.fromarray(np.full((30, 50, 3), 20*i, np.uint8)).save(tmp_path/'data'/name/f'{i}.png')
+    def told(resize, *steps):
+        recwarn.clear()
+        dls = ImageDataLoaders.from_folder(tmp_path/'data', valid_pct=.5, bs=4, item_tfms=resize, num_workers=0, batch_tfms=steps)
+        save_model(Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(768, 2))), tmp_path/'m')
+        return [str(o.message) for o in recwarn if "learner's data go through" in str(o.message)]
+    norm = Normalize.from_stats([.5]*3, [.2]*3)
+    assert told(Resize(16), norm) == told(Resize(16), Flip(), Brightness(), norm) == []
+    [squeezed], [padded] = told(Resize(16, method='squish'), norm), told(Resize(16, method='pad'))
+    [inverted] = told(Resize(16), Inverted())
+    assert "through Resize(method='squish'), which" in squeezed and "method='pad'" in padded and 'through Inverted, which' in inverted
