@@ -10,14 +10,14 @@ __all__ = ['MODEL_FORMAT', 'MODEL_VERSION', 'TARGETS', 'find_arch', 'save_model'
            'export_model']
 
 # %% ../nbs/10_deploy.ipynb #9f23ff4a
-import errno, hashlib, itertools, json, numbers, os, re, shutil, tempfile, zipfile
+import errno, hashlib, itertools, json, numbers, os, re, shutil, tempfile, warnings, zipfile
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .core import ARCHS, BACKGROUNDS, BadInput, check_in, check_range, provenance, write_atomic
+from .core import ARCHS, BACKGROUNDS, BadInput, check_in, check_range, check_text, provenance, write_atomic
 
 # %% ../nbs/10_deploy.ipynb #6dfc84cc
 def _float_shapes(model)->dict:
@@ -62,7 +62,7 @@ def _check_facts(f)->dict:
     "Classes, channels, size and normalisation, each as the configuration holds it."
     if isinstance(f['classes'], str):
         raise BadInput(f"classes is the text {f['classes']!r}; give a list of names, one a logit.")
-    f['classes'] = [str(o) for o in f['classes']]
+    f['classes'] = [check_text('the class', str(o)) for o in f['classes']]
     twice = sorted({o for o in f['classes'] if f['classes'].count(o) > 1})
     if twice: raise BadInput(f"classes names {twice[0]!r} more than once; give each logit a name of its own.")
     if len(f['classes']) < 2:
@@ -100,6 +100,25 @@ def _fastai_stats(dls, n_in):
     mean, std = (o.flatten().tolist() for o in (norm[0].mean, norm[0].std)) if norm else ([0.]*n_in, [1.]*n_in)
     return [[v*scaled[0].div/255 for v in o] for o in (mean, std)]
 
+def _other_steps(dls)->list: # Their names
+    "What fastai's loaders do to a validation image and a model folder doesn't: it crops and normalises."
+    from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
+    from fastai.vision import augment
+    dl, res = dls.loaders[:2][-1], []
+    for o in (o for name in ('after_item', 'after_batch') for o in getattr(getattr(dl, name, None), 'fs', ())):
+        if getattr(o, 'split_idx', None) == 0: continue  # for training images only
+        if isinstance(o, augment.Resize): res += [f"Resize(method='{o.method}')"]*(o.method != 'crop')
+        elif isinstance(o, (IntToFloatTensor, Normalize, ToTensor)) or type(o).__module__ == augment.__name__: continue
+        else: res.append(type(o).__name__)
+    return res
+
+def _tell_other_steps(dls):
+    "Warn where `predict` would show the network other images than those it knows."
+    if steps := _other_steps(dls):
+        warnings.warn(f"The learner's data go through {', '.join(steps)}, which the model folder doesn't hold: "
+                      "`predict` scales and crops a picture about its centre and normalises it. "
+                      "Give `predict` arrays that went through the same.", stacklevel=5)
+
 def _from_learner(learn)->tuple: # (facts, a batch of images)
     "What a learner's data say; None for what they don't."
     dls, xb = learn.dls, _batch(learn.dls)
@@ -107,7 +126,9 @@ def _from_learner(learn)->tuple: # (facts, a batch of images)
     known = {k: getattr(dls, v, None) for k, v in dict(classes='vocab', stats='stats', background='background').items()}
     known.update(n_in=shape[0], size=None if xb is None else shape[1:])
     if getattr(dls, 'source', '') != 'folder': known['background'] = None  # other data hold no transparent image
-    if known['stats'] is None and shape[0]: known['stats'] = _fastai_stats(dls, shape[0])
+    if known['stats'] is None:
+        _tell_other_steps(dls)
+        if shape[0]: known['stats'] = _fastai_stats(dls, shape[0])
     return known, xb
 
 # %% ../nbs/10_deploy.ipynb #d3f1a005
@@ -124,7 +145,13 @@ def _facts(learn_or_model, given:dict, who='save_model')->tuple: # (network, fac
     if is_learner:
         _check_known(known, given)
         _check_loss(learn_or_model)
-    return getattr(model, '_orig_mod', model), _check_facts(f), xb  # compiled or not
+    return _bare(model), _check_facts(f), xb
+
+def _bare(model):
+    "The network inside what `torch.compile`, `AveragedModel` or `DataParallel` made of it."
+    if not {'_orig_mod', 'module'} & set(getattr(model, '_modules', ())): return model
+    from qisal.callback.pact import bare_model
+    return bare_model(model)
 
 def _check_loss(learn):
     "Refuse a learner whose loss judges each class by itself: a folder's network gives an image one class."
@@ -156,6 +183,9 @@ def _config(model, facts, arch, extra)->dict:
         raise BadInput(f"The network is no {arch} for {args['n_classes']} classes and {args['n_in']} x {h} x {w} "
                        "images; leave arch out.")
     layers = quant_layers(model)
+    try: json.dumps(extra, allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise BadInput(f"extra can't be kept as JSON ({e}); give text, finite numbers, lists and dicts of these.") from e
     return dict(arch=found, arch_args=args if found else None, network=type(model).__name__, **facts,
         quant=quant_config(model) if layers else None, baked=bool(layers) and all(m.baked for m in layers.values()),
         weights=dict(file='model.safetensors', kind='tensors'), extra=extra or {}, versions=provenance())

@@ -296,13 +296,20 @@ def _spread(g):
     n = int(g.n_test.iloc[0])
     return (acc, *wilson_interval(round(acc*n), n), 'images')
 
+def _as_guided(v)->bool:
+    "Guided or not, as a value or as text, which a CSV file with gaps brings: any text would count as True."
+    word = str(v).capitalize()
+    if word in ('True', 'False'): return word == 'True'
+    raise BadInput(f"guided is {v!r} in the table; it must be True or False in each row.")
+
 def accuracy_by_setting(
     df:pd.DataFrame, # A row a run: bits (names, or numbers as a CSV file has them), guided, accuracy in [0, 1]; perhaps seed, n_test, dataset
 )->pd.DataFrame: # A row a setting: dataset, bits, guided, accuracy (mean), low, high, interval ('seeds', 'images' or 'none'), runs
-    "Means and 95 % intervals, from many bits to few. Raises `BadInput` for missing columns or unknown bits."
+    "Means and 95 % intervals, from many bits to few. Raises `BadInput` for missing columns, unknown bits or guidance."
     missing = {'bits', 'guided', 'accuracy'} - set(df.columns)
     if missing or not len(df): raise BadInput(f"the table has {len(df)} rows and lacks the columns {sorted(missing)}; give one row a run.")
-    df = df.assign(bits=df.bits.map(as_bits), dataset=df.dataset if 'dataset' in df else '')
+    df = df.assign(bits=df.bits.map(as_bits), guided=df.guided.map(_as_guided),
+                   dataset=df.dataset if 'dataset' in df else '')
     rows = [(*k, *_spread(g), len(g)) for k, g in df.groupby(['dataset', 'bits', 'guided'], sort=False)]
     out = pd.DataFrame(rows, columns=['dataset', 'bits', 'guided', 'accuracy', 'low', 'high', 'interval', 'runs'])
     return out.sort_values(['dataset', 'bits', 'guided'], key=lambda c: c.map(BITS_FALLING.index) if c.name == 'bits' else c, ignore_index=True)
@@ -410,6 +417,14 @@ class SaliencyInterpretation(ClassificationInterpretation):
         counts = np.zeros((len(self.vocab),)*2, np.int64)
         np.add.at(counts, (y.cpu().numpy(), probs.argmax(-1).cpu().numpy()), 1)
         return counts
+
+    def print_classification_report(self):
+        "Precision, recall and F1 of each class, of scikit-learn: fastai's needs its own vocabulary and loss."
+        from sklearn.metrics import classification_report
+        with self.learn.no_bar(): probs, y = self.learn.get_preds(dl=self.dl, act=self.act)
+        names = [str(o) for o in self.vocab]
+        print(classification_report(y.cpu().numpy(), probs.argmax(-1).cpu().numpy(), labels=range(len(names)), target_names=names,
+                                    zero_division=0))
 
     def saliency(self,
         xb, # Images N x C x H x W as the model sees them

@@ -155,7 +155,7 @@ class PACT(nn.ReLU):
 
 def _init_pact(m, bits, alpha, device):
     "Give module `m` what a `PACT` holds."
-    m.bits = check_range('bits', bits, 2, 8, kind=int)
+    m.bits = check_range('bits', as_whole(bits), 2, 8, kind=int)
     alpha = check_range('alpha', alpha, 0, lo_open=True)
     m.alpha = nn.Parameter(torch.tensor(alpha, device=device))
     m.register_buffer('touched', torch.tensor(False, device=device), persistent=False)
@@ -308,7 +308,9 @@ def set_range(self:InputQuant,
     hi:float, # Largest value, above `lo`; 0 where it is below 0
 ):
     "Span the grid over [lo, hi]: sets `lo`, `hi`, `scale` and `zero_point`. Raises `BadInput` where that is no range."
-    lo, hi = min(check_range('lo', lo), 0.), max(check_range('hi', hi), 0.)
+    if check_range('lo', lo) > check_range('hi', hi):
+        raise BadInput(f"The inputs span [{lo}, {hi}], from large to small; give the smallest value first.")
+    lo, hi = min(lo, 0.), max(hi, 0.)
     if not torch.finfo(torch.float32).tiny < (hi - lo)/self.n < torch.finfo(torch.float32).max:
         raise BadInput(f"The inputs span [{lo}, {hi}]; a quantizer needs a range that float32 can divide. Check the data and its normalisation.")
     self.lo, self.hi, self.scale = lo, hi, (hi - lo)/self.n
@@ -789,6 +791,7 @@ def apply_quant_config(
     config:dict, # What `quant_config` gave
 )->nn.Module: # `model`
     "Quantize a float model as `config` says. Raises `BadInput` where the two don't fit."
+    if quant_layers(model): raise BadInput("The model is quantized already; give a fresh float one of the same class.")
     mods, old = dict(model.named_modules()), _old_names(model, config)
     for name, c in config['layers'].items():
         if not isinstance(mods.get(name), _LAYERS): raise BadInput(f"The configuration names a layer '{name}' that this model doesn't have; it belongs to another architecture.")

@@ -798,3 +798,14 @@ def test_activation_statistics_have_a_row_a_layer(tmp_path, order):
     assert all(len(o) == len(stats.stats) and np.isfinite(list(o)).all() for i in range(len(stats.stats[0])) for o in stats.layer_stats(i))
     stats.plot_layer_stats(0)
     plt.close('all')
+
+
+@pytest.mark.parametrize('name', ['w_bits', 'a_bits'])
+def test_more_than_two_bit_widths_are_refused(name):
+    with pytest.raises(BadInput, match=f"{name} is .4, 2, 2.; give one number, or a pair"): PACTCallback(**{name: (4, 2, 2)})
+
+def test_batches_without_a_tensor_are_refused():
+    data = [dict(image=torch.zeros(1, 28, 28), label=i % 10) for i in range(8)]
+    dl = TorchLoader(data, batch_size=4)
+    with pytest.raises(BadInput, match='A batch of the learner.s data is a dict whose input is a dict'):
+        Learner(DataLoaders(dl, dl), small_cnn(), loss_func=nn.CrossEntropyLoss(), cbs=PACTCallback())

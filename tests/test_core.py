@@ -123,3 +123,12 @@ def test_batch_of_a_spec():
     assert RunSpec().batch_size == RunSpec(batch_size=128).batch_size == 128 and RunSpec() == RunSpec(batch_size=128)
     assert RunSpec(n_train=100).batch_size == 16 and RunSpec(n_train=100, batch_size=50).batch_size == 50 and RunSpec(dataset='folder:photos').batch_size is None
     assert all(RunSpec(bits=b).batch_size == 128 for b in BITS)
+
+def test_an_underscore_between_digits_names_no_bits():
+    "Python's float reads '3_2' as 32, which would be the float network."
+    for value in ('3_2', '4_0', '4_'):
+        with pytest.raises(BadInput, match=f"bits '{value}' is unknown; allowed: 32, 8, 4"): RunSpec(bits=value)
+
+def test_bits_of_the_ends_may_be_text():
+    for value in ('8', '8.0', 8., np.int64(8)): assert RunSpec(first_last_bits=value) == RunSpec(first_last_bits=8)
+    with pytest.raises(BadInput, match="first_last_bits '7' is unknown"): RunSpec(first_last_bits='7')

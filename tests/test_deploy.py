@@ -293,3 +293,52 @@ def test_several_processes_write_one_folder(tmp_path):
     with ThreadPoolExecutor(8) as pool: list(pool.map(write, range(n)))
     assert [o.name for o in tmp_path.iterdir()] == ['m']
     assert json.loads((tmp_path/'m'/'config.json').read_text(encoding='utf-8'))['who'] == int((tmp_path/'m'/'a').read_bytes()) == int((tmp_path/'m'/'b').read_bytes())
+
+@pytest.mark.parametrize('wrap', [torch.optim.swa_utils.AveragedModel, nn.DataParallel, lambda m: torch.compile(m, backend='eager'),
+                                  lambda m: torch.optim.swa_utils.AveragedModel(torch.compile(m, backend='eager'))],
+                         ids=['averaged', 'parallel', 'compiled', 'averaged-compiled'])
+def test_the_network_inside_a_wrapper_is_saved_and_exported(tmp_path, wrap):
+    m = network('lenet5').eval()
+    for write in (save_model, deploy.export_model):
+        got, c = load_model(write(wrap(m), tmp_path/write.__name__, **GREY))
+        assert c['arch'] == 'lenet5' and same(bake(m) if c['baked'] else m, got)
+
+def test_what_can_not_be_written_as_json_or_utf8_is_refused(tmp_path):
+    m = network('lenet5')
+    for write in (save_model, deploy.export_model):
+        for extra in (dict(accuracy=float('nan')), dict(a=object())):
+            with pytest.raises(BadInput, match="extra can't be kept as JSON"): write(m, tmp_path/'m', extra=extra, **GREY)
+        with pytest.raises(BadInput, match='the class .* is not UTF-8'):
+            write(m, tmp_path/'m', **{**GREY, 'classes': ['\udcff', *GREY['classes'][1:]]})
+    assert not list(tmp_path.iterdir())
+
+def test_a_quantized_network_is_not_filled_again(tmp_path):
+    m = network('lenet5')
+    save_model(m, tmp_path/'m', **GREY)
+    with pytest.raises(BadInput, match='is quantized already; give a fresh float one'): load_model(tmp_path/'m', model=m)
+
+def test_steps_of_the_data_that_a_folder_does_not_hold_are_told(tmp_path, recwarn):
+    "A network of squeezed pictures has 50 % of them right where the file's pictures are cropped, and nothing said so."
+    import numpy as np
+    import qisal.data  # noqa: F401  (imports fastai without its warnings)
+    from fastai.learner import Learner
+    from fastai.vision.augment import Brightness, Flip, Resize
+    from fastai.vision.core import TensorImage
+    from fastai.vision.data import ImageDataLoaders, Normalize
+    from fasttransform import Transform
+    from PIL import Image
+    class Inverted(Transform):
+        def encodes(self, x:TensorImage): return 1 - x
+    for name in 'ab':
+        (tmp_path/'data'/name).mkdir(parents=True)
+        for i in range(8): Image.fromarray(np.full((30, 50, 3), 20*i, np.uint8)).save(tmp_path/'data'/name/f'{i}.png')
+    def told(resize, *steps):
+        recwarn.clear()
+        dls = ImageDataLoaders.from_folder(tmp_path/'data', valid_pct=.5, bs=4, item_tfms=resize, num_workers=0, batch_tfms=steps)
+        save_model(Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(768, 2))), tmp_path/'m')
+        return [str(o.message) for o in recwarn if "learner's data go through" in str(o.message)]
+    norm = Normalize.from_stats([.5]*3, [.2]*3)
+    assert told(Resize(16), norm) == told(Resize(16), Flip(), Brightness(), norm) == []
+    [squeezed], [padded] = told(Resize(16, method='squish'), norm), told(Resize(16, method='pad'))
+    [inverted] = told(Resize(16), Inverted())
+    assert "through Resize(method='squish'), which" in squeezed and "method='pad'" in padded and 'through Inverted, which' in inverted

@@ -399,3 +399,32 @@ def test_settings_made_inside_a_style_stay():
                 raise KeyError('mine')
         assert plt.isinteractive() is not was and plt.rcParams['font.size'] == size and not plt.rcParams['text.usetex']
     finally: matplotlib.interactive(was)
+
+
+def test_guidance_may_be_text_as_a_table_with_gaps_has_it():
+    "`bool('False')` is True: plain networks would be drawn as guided."
+    df = runs(bits=('4', '2'), seeds=1)
+    text = df.assign(guided=df.guided.map(str))
+    assert accuracy_by_setting(text).equals(accuracy_by_setting(df))
+    names = [[c.get_label() for c in plot_accuracy_vs_bits(t).axes[0].containers] for t in (df, text)]
+    assert names == [['without guidance', 'with saliency guidance']]*2
+
+@pytest.mark.parametrize('value', [None, np.nan, 'on', 2], ids=repr)
+def test_guidance_that_is_neither_is_refused(value):
+    "A row without it was left out in silence."
+    df = runs(bits=('4',), seeds=1).astype({'guided': object})
+    df.at[1, 'guided'] = value
+    with pytest.raises(BadInput, match='guided is .*; it must be True or False in each row'): accuracy_by_setting(df)
+
+@pytest.mark.parametrize('loss', [None, nn.CrossEntropyLoss()], ids=['fastai', 'torch'])
+def test_the_classification_report_of_our_loaders(capsys, loss):
+    torch.manual_seed(0)
+    learn = Learner(get_dls('mnist', sample=True, n_train=100, batch_size=50), nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), loss_func=loss)
+    found = SaliencyInterpretation.from_learner(learn)
+    capsys.readouterr()
+    found.print_classification_report()
+    told = capsys.readouterr().out
+    right = np.trace(found.confusion_matrix())/len(learn.dls.valid_ds)
+    row = next(o.split() for o in told.splitlines() if 'accuracy' in o)
+    assert row[1:] == [f'{right:.2f}', str(len(learn.dls.valid_ds))]
+    assert [o.split()[0] for o in told.splitlines()[2:12]] == [str(o) for o in range(10)]

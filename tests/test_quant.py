@@ -479,3 +479,14 @@ def test_a_converted_network_can_be_compiled_whole(compiler):
     for a, b in zip(*grads): assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
     wrapped = torch.compile(nn.Sequential(nn.Flatten(), nn.Linear(144, 5)))
     assert convert(wrapped, bit_policy('4'), x) is wrapped and len(quant_layers(wrapped)) == 1
+
+
+def test_a_range_from_large_to_small_is_refused():
+    "(3, 1) became the grid from 0 to 1."
+    for lo, hi in ((3, 1), (1, 0), (-1, -3)):
+        with pytest.raises(BadInput, match=f'span .{lo}, {hi}., from large to small'): InputQuant(lo, hi)
+    assert (InputQuant(1, 3).lo, InputQuant(1, 3).hi) == (0, 3)
+
+def test_a_clipping_layer_takes_bits_as_numbers():
+    assert [PACT(o).bits for o in (4, 4., '4', np.int64(4))] == [4]*4
+    with pytest.raises(BadInput, match='bits is 4.5'): PACT(4.5)

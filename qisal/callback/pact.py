@@ -117,6 +117,13 @@ def _drop_group(opt):
     else: opt.param_lists, opt.hypers = L(opt.param_lists[1:]), L(opt.hypers[1:])
 
 # %% ../../nbs/04_callback.pact.ipynb #70ef11c6
+def _pair(name, o):
+    "Bits of the earlier and the later half of the layers."
+    if not isinstance(o, (tuple, list)): return o, o
+    if len(o) == 2: return tuple(o)
+    raise BadInput(f"{name} is {o!r}; give one number, or a pair for the earlier and the later half of the layers "
+                   "(overrides={'layer1.*': 8} for more).")
+
 class PACTCallback(Callback):
     "Quantization-aware training: PACT activations (arXiv 1805.06085) and SAWB (arXiv 1807.06964) or DoReFa weights. `learn.pact` after it is added."
     order, name = -5, 'pact'  # after TrainEvalCallback (-10) has moved the model to its device
@@ -135,8 +142,7 @@ class PACTCallback(Callback):
         compiled:bool|None=None, # Compile the activation quantizer (`compile_pact`)? None: for fits of 1,000 steps or more on the CPU, if there is a C++ compiler
         input_range:tuple|None=None, # Smallest and largest value of a normalised input; None: from the training data
     ):
-        pair = lambda o: tuple(o) if isinstance(o, (tuple, list)) else (o, o)
-        (w0, w1), (a0, a1) = pair(w_bits), pair(a_bits)
+        (w0, w1), (a0, a1) = _pair('w_bits', w_bits), _pair('a_bits', a_bits)
         self.policy = BitPolicy((w0, a0), (w1, a1), first_last_bits)
         check_in('weight_quantizer', weight_quantizer, WEIGHT_QUANTIZERS)
         check_range('alpha_init', alpha_init, 0, lo_open=True)
@@ -301,7 +307,11 @@ def _some_batches(
                        "data, or give alphas() a loader.")
     return res
 
-def _first_input(b): return quant._plain(b[0] if isinstance(b, (tuple, list)) else b)
+def _first_input(b):
+    x = b[0] if isinstance(b, (tuple, list)) else b
+    if isinstance(x, torch.Tensor): return quant._plain(x)
+    raise BadInput(f"A batch of the learner's data is a {type(b).__name__} whose input is a {type(x).__name__}; "
+                   "PACTCallback needs batches (inputs, labels) with a tensor of images first.")
 
 def _reader(dl, n, most):
     "A loader of its own over the same data, in a fixed shuffled order."
