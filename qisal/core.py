@@ -99,6 +99,7 @@ def as_whole(
 ): # `int` for a whole number of any type (4.0, numpy's) and for text that reads as one ('4.0'); all else as it is
     "A number as it was meant, whether a table, a file or a command brought it."
     if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)): return value
+    if isinstance(value, str) and '_' in value: return value  # Python reads '3_2' as 32, who writes it means '3/2'
     try: number = float(value)
     except ValueError: return value
     return int(number) if number.is_integer() else value
@@ -145,7 +146,7 @@ def read_json(
 ): # The object
     "Read a JSON file; one that is no JSON, no UTF-8 or nested too deeply gets a `BadInput` that names it."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise BadInput(f"{Path(path).name} is no valid JSON ({e}); delete or restore it.") from e
+    except (ValueError, RecursionError) as e: raise BadInput(f"{path} is no valid JSON ({e}); delete or restore it.") from e
 
 # %% ../nbs/00_core.ipynb #082b6219
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ def _check_numbers(s):
         v = getattr(s, name)
         if v is None and name in ('batch_size', 'n_train', 'size'): continue
         _put(s, **{name: check_range(name, whole(v), lo, hi, kind=int)})
-    _put(s, first_last_bits=check_in('first_last_bits', whole(s.first_last_bits), (8, 5, 4, 3, 2)))
+    _put(s, first_last_bits=check_in('first_last_bits', as_whole(s.first_last_bits), (8, 5, 4, 3, 2)))
     opened = dict(lo_open=True, hi_open=True)
     for name, lo, hi, kw in (('lr', 0, None, opened), ('valid_pct', 0, 1, opened), ('frac', 0, 1, opened), ('lam', 0, None, {})):
         _put(s, **{name: check_range(name, getattr(s, name), lo, hi, **kw)})

@@ -316,6 +316,7 @@ def paired_newcombe_interval(
     "95 % interval of the difference between two shares of the same images (Newcombe 1998, paired data, method 10)."
     from qisal.metrics import wilson_interval
     n = both + first + second + neither
+    if not n: raise BadInput("there are no images to compare; give the counts of one image or more.")
     p1, p2 = (both + first)/n, (both + second)/n
     (l1, u1), (l2, u2) = wilson_interval(both + first, n), wilson_interval(both + second, n)
     margins = (both + first)*(second + neither)*(both + second)*(first + neither)

@@ -139,6 +139,9 @@ def put_answered(out, spec, old=False, **kw):
 
 FLOAT, FOUR = RunSpec(), RunSpec(bits='4')
 
+def test_no_images_have_no_interval():
+    with pytest.raises(BadInput, match='no images to compare'): paired_newcombe_interval(0, 0, 0, 0)
+
 def test_paired_newcombe_against_published_numbers():
     "Newcombe 1998: 36, 12, 2, 0. Fagerland, Lydersen and Laake 2014: airway hyper-responsiveness of 21 children; complete response of 161 patients (their package's own test)."
     for table, low, high in (((36, 12, 2, 0), .0569, .3404), ((1, 1, 7, 12), -.507, -.026), ((59, 6, 16, 80), -.1186, -.0046)):
