@@ -632,7 +632,11 @@ class Browser:
         r = urllib.request.Request(f'http://127.0.0.1:{self.port}{path}', method=method, headers={'Content-Type': 'application/json'}, data=None if body is None else json.dumps(body).encode())
         return json.load(urllib.request.urlopen(r, timeout=120))['value']
     def cdp(self, cmd, **params): return self.call('POST', f'{self.session}/goog/cdp/execute', dict(cmd=cmd, params=params))
-    def open(self, path): self.call('POST', f'{self.session}/url', dict(url=Path(path).resolve().as_uri()))
+    def open(self, path):
+        self.call('POST', f'{self.session}/url', dict(url=Path(path).resolve().as_uri()))
+        for _ in range(600):  # on a busy machine the driver may answer before the page is complete
+            if self.js('return document.readyState') == 'complete': return
+            time.sleep(.05)
     def js(self, script): return self.call('POST', f'{self.session}/execute/sync', dict(script=script, args=[]))
     def log(self, kind): return self.call('POST', f'{self.session}/se/log', dict(type=kind))
     def look(self, width, dark):

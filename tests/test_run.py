@@ -52,12 +52,17 @@ def spec_file(tmp_path, spec=SPEC):
 
 def folder(out, spec=SPEC): return Path(out)/'runs'/spec.run_id
 
+def _hear_ctrl_c():
+    "A shell starts what runs in its background deaf to Ctrl-C, and children inherit that."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 @contextmanager
 def command(cmd, notes, stop=None):
     "Start a command in its own session; whatever happens, nothing of it is left afterwards."
     notes.mkdir(exist_ok=True)
     env = {**os.environ, 'STAND_IN_NOTES': str(notes), 'STAND_IN_STOP': stop or '', 'OMP_NUM_THREADS': '1'}
-    p = subprocess.Popen([sys.executable, '-m', 'qisal.cli', *map(str, cmd)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True, encoding='utf-8')
+    p = subprocess.Popen([sys.executable, '-m', 'qisal.cli', *map(str, cmd)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True, encoding='utf-8',
+                         preexec_fn=_hear_ctrl_c)
     try: yield p
     finally:
         if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
@@ -673,7 +678,7 @@ def test_unknown_parameters_of_notebooks_are_refused(tmp_path, name):
     "papermill itself only warns. Only the first cells are executed: they must refuse."
     import papermill
     nb = nbformat.read(Path(R.check_template()).parent/f'{name}.ipynb', 4)
-    first = next(i for i, c in enumerate(nb.cells) if 'user_ns_hidden' in c.source)
+    first = next(i for i, c in enumerate(nb.cells) if 'check_parameters(' in c.source)
     nb.cells = nb.cells[:first + 1]
     nbformat.write(nb, tmp_path/'t.ipynb')
     with pytest.raises(papermill.PapermillExecutionError, match="parameter 'bitz' is unknown"): papermill.execute_notebook(str(tmp_path/'t.ipynb'), None, dict(bitz=4), progress_bar=False, kernel_name='python3', language='python')
