@@ -2,7 +2,7 @@
 
 Most tests use a stand-in template that trains nothing. It runs through the same command, kernel, lock and files as the real one."""
 import errno, json, os, signal, subprocess, sys, threading, time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 import nbformat, pytest
@@ -72,7 +72,7 @@ def command(cmd, notes, stop=None):
 def run_cmd(tmp_path, out, template, spec=SPEC): return ['run', '--spec', spec_file(tmp_path, spec), '--out', out, '--template', template]
 def pids(notes, name=''): return {int(o.name.rsplit('-')[-1]) for o in notes.glob(f'{name}*-*')}
 def kill(pid):
-    if alive(pid): os.kill(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)  # it may end by itself at any moment
 
 def alive(pid):
     try: return Path(f'/proc/{pid}/stat').read_text(encoding='utf-8').rsplit(')', 1)[1].split()[0] != 'Z'
